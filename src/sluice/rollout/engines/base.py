@@ -1,0 +1,113 @@
+"""The engine protocol: what the loop and the runners ask of anything that generates tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from sluice.types import Floats, Ids, SamplingParams, Version, VersionSpan
+
+
+class Finish(StrEnum):
+    """Why a generation ended. ABORT is never the model's own end."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class PauseMode(StrEnum):
+    """What a pause does to running sequences.
+
+    * recompute: kept as tokens; after `resume` they are prefilled again under the weights then active,
+      so every later log-prob belongs to one version. The default.
+    * keep_kv: kept with their KV cache; later tokens attend to keys of older weights.
+    * abort: ended with `Finish.ABORT` and returned as they are.
+    """
+
+    RECOMPUTE = "recompute"
+    KEEP_KV = "keep_kv"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GenerateRequest:
+    """One sampled continuation of `ids`.
+
+    Attributes:
+        rid: names the request; `abort` takes it. Unique among running requests.
+        ids: context, shape `[n]`.
+        sampling: how to draw.
+        noise_key: 64-bit key of the sampling noise. With the position it determines the draw, so results
+            depend neither on batching nor on the order of requests. Engines that cannot key their noise
+            say so in `Capabilities.keyed_noise`.
+    """
+
+    rid: str
+    ids: Ids
+    sampling: SamplingParams
+    noise_key: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generation:
+    """What came back. Arrays have shape `[new tokens]`; spans tile them.
+
+    Attributes:
+        logprobs: log-softmax(logits / T) of each drawn token, before top-p/top-k/min-p.
+        sampled_logprobs: of the distribution drawn from; None when it is the same one.
+        cached_tokens: context tokens that were not computed again.
+    """
+
+    ids: Ids
+    logprobs: Floats
+    spans: tuple[VersionSpan, ...]
+    finish: Finish
+    sampled_logprobs: Floats | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do, told at the handshake. What a run needs and an engine lacks is refused there."""
+
+    name: str
+    engine_version: str
+    context_length: int
+    logprobs: bool = True
+    version_spans: bool = True
+    keyed_noise: bool = False
+    bracketed_updates: bool = False
+    pause_modes: frozenset[PauseMode] = field(default_factory=lambda: frozenset(PauseMode))
+
+
+class Engine(Protocol):
+    """An engine serves one policy. Every method raises EngineError within its own deadline."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> Version | None:
+        """Weights that are being served; None before the first activation."""
+        ...
+
+    async def start(self) -> Capabilities:
+        """Handshake; the engine is ready to serve when this returns."""
+        ...
+
+    async def generate(self, request: GenerateRequest) -> Generation: ...
+
+    async def abort(self, rids: Sequence[str] | None = None) -> None:
+        """End these requests, or all, with `Finish.ABORT`. Unknown ids are ignored."""
+        ...
+
+    async def pause(self, mode: PauseMode = PauseMode.RECOMPUTE) -> None:
+        """Stop drawing tokens. Returns when nothing is being computed; new requests wait."""
+        ...
+
+    async def resume(self) -> None: ...
+
+    async def close(self) -> None: ...
