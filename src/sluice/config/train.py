@@ -1,0 +1,46 @@
+"""The trainer: optimizer, schedule, memory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from sluice.config.base import Part
+from sluice.config.model import DType
+
+
+class OptimizerConfig(Part):
+    """AdamW."""
+
+    lr: float = Field(default=1e-5, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay; matrices only, never norms or biases."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Global gradient norm limit; 0 switches clipping off."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the rate falls after the warm-up."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    final_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Rate at the last step, as a fraction of the peak."""
+
+
+class TrainConfig(Part):
+    """One optimizer step per batch unless the algorithm asks for more."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and schedule."""
+    micro_batch_tokens: int = Field(default=8_192, ge=1)
+    """Token budget of one forward and backward pass; a longer sample is refused with its size."""
+    logprob_chunk: int = Field(default=2_048, ge=1)
+    """Tokens whose logits exist at one time; peak memory is chunk x vocabulary, whatever the batch."""
+    dtype: DType = "float32"
+    """Precision of the forward and backward pass. Parameters and moments stay in float32."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
