@@ -1,0 +1,212 @@
+"""Prompts, the strategy that asks for groups, the filters that judge them, and the gate."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sluice.config.base import Part
+
+ImportPath = Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_][A-Za-z0-9_.]*$")]
+"""`package.module:name` or `path/to/file.py:name`."""
+
+
+class Columns(Part):
+    """Which field of a row holds what. Missing optional fields stay empty."""
+
+    prompt: str = "prompt"
+    """The question as a string, or a list of chat messages with `role` and `content`."""
+    answer: str = "answer"
+    """The ground truth."""
+    id: str = "id"
+    """A stable name; rows without one are named by their content."""
+
+
+class JsonlSource(Part):
+    """One JSON object a line."""
+
+    type: Literal["jsonl"] = "jsonl"
+    path: Path
+    """The file."""
+    columns: Columns = Columns()
+    """Column mapping."""
+    task: str = "default"
+    """Task name of these prompts; rewards may be limited to tasks."""
+    system: str = ""
+    """System message put before each question."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at an unreadable row, naming its line, or skip and count it."""
+
+
+class ReasoningGymSource(Part):
+    """Any task of the `reasoning-gym` package, with its own scorer as the reward."""
+
+    type: Literal["reasoning_gym"] = "reasoning_gym"
+    dataset: str
+    """Name of the task, such as `chain_sum`."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the task's own config."""
+    size: int = Field(default=1_000, ge=1)
+    """Instances to generate."""
+    seed: int = 0
+    """Seed of the generator."""
+    task: str = ""
+    """Task name; empty takes the dataset's name."""
+    system: str = ""
+    """System message put before each question."""
+
+
+class PythonSource(Part):
+    """A function of your own that yields `sluice.types.Prompt`."""
+
+    type: Literal["python"] = "python"
+    path: ImportPath
+    """The function: `file.py:name` or `module:name`."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Its keyword arguments."""
+
+
+SourceConfig = Annotated[JsonlSource | ReasoningGymSource | PythonSource, Field(discriminator="type")]
+
+
+class GroupSampling(Part):
+    """GRPO sampling: pass over the prompts, n episodes each."""
+
+    type: Literal["groups"] = "groups"
+    samples: int = Field(default=8, ge=1)
+    """Episodes of one prompt."""
+
+
+class Curriculum(Part):
+    """Levels in order; the next one opens when the last `window` groups of this one are good enough.
+
+    `data.train` is the first level, `levels` the further ones. Once a level is open, a share of the groups
+    still comes from the levels before it.
+    """
+
+    type: Literal["curriculum"] = "curriculum"
+    samples: int = Field(default=8, ge=1)
+    """Episodes of one prompt."""
+    levels: tuple[SourceConfig, ...] = Field(min_length=1)
+    """The levels after the first."""
+    threshold: float = 0.8
+    """Mean reward that opens the next level."""
+    window: int = Field(default=64, ge=1)
+    """Groups over which the mean is taken."""
+    review: float = Field(default=0.2, ge=0, lt=1)
+    """Share of groups drawn from mastered levels."""
+
+
+class PythonStrategy(Part):
+    """A strategy of your own: a class that satisfies `sluice.data.strategy.Strategy`."""
+
+    type: Literal["python"] = "python"
+    path: ImportPath
+    """The class: `file.py:Name` or `module:Name`."""
+    samples: int = Field(default=8, ge=1)
+    """Episodes of one prompt; passed to the class."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Its keyword arguments."""
+
+
+StrategyConfig = Annotated[GroupSampling | Curriculum | PythonStrategy, Field(discriminator="type")]
+
+
+class SpreadFilter(Part):
+    """Dynamic sampling: drop a group whose rewards are all equal, and refill (DAPO)."""
+
+    type: Literal["spread"] = "spread"
+    min_std: float = Field(default=1e-6, gt=0)
+    """Population standard deviation below which a group teaches nothing."""
+
+
+class MinValidFilter(Part):
+    """Drop a group with too few valid episodes."""
+
+    type: Literal["min_valid"] = "min_valid"
+    count: int = Field(default=2, ge=1)
+    """Episodes that must have completed or been truncated."""
+
+
+class PythonFilter(Part):
+    """A function of your own: `(Group) -> str`, empty to keep the group, else the reason to drop it."""
+
+    type: Literal["python"] = "python"
+    path: ImportPath
+    """The function."""
+
+
+FilterConfig = Annotated[SpreadFilter | MinValidFilter | PythonFilter, Field(discriminator="type")]
+
+
+class Order(StrEnum):
+    """In which order finished groups are trained: as they were dispatched, or as they finish."""
+
+    DISPATCH = "dispatch"
+    COMPLETION = "completion"
+
+
+class OnStale(StrEnum):
+    """What happens to tokens older than `max_lag`."""
+
+    WAIT = "wait"
+    MASK_TOKENS = "mask_tokens"
+    DROP = "drop"
+
+
+class GateConfig(Part):
+    """The bound between rollout and training."""
+
+    max_lag: int = Field(default=0, ge=0)
+    """Optimizer steps that a trained token may lie behind the weights in use. 0 is synchronous."""
+    order: Order | None = None
+    """Default: `dispatch` at lag 0, `completion` otherwise."""
+    on_stale: OnStale | None = None
+    """Default: `wait` at lag 0, `mask_tokens` otherwise."""
+    refill_limit: int = Field(default=20, ge=1)
+    """Give up a step when filters have dropped this many times `groups_per_step` groups for it."""
+
+    @model_validator(mode="after")
+    def _lag_zero_waits(self) -> Self:
+        if self.max_lag == 0 and self.order is Order.COMPLETION:
+            raise ValueError(
+                "gate.max_lag = 0 trains the next groups in dispatch order, so that a run is reproducible; "
+                "gate.order = 'completion' needs gate.max_lag >= 1"
+            )
+        if self.max_lag == 0 and self.on_stale not in (None, OnStale.WAIT):
+            raise ValueError(f"gate.on_stale = {self.on_stale!s:.20} needs gate.max_lag >= 1: at 0 nothing is stale")
+        if self.order is Order.COMPLETION and self.on_stale is OnStale.WAIT:
+            raise ValueError("gate: a hard bound, completion order and no discard cannot all hold; change one")
+        return self
+
+    @property
+    def effective_order(self) -> Order:
+        return self.order or (Order.DISPATCH if self.max_lag == 0 else Order.COMPLETION)
+
+    @property
+    def effective_on_stale(self) -> OnStale:
+        if self.on_stale is not None:
+            return self.on_stale
+        return OnStale.WAIT if self.effective_order is Order.DISPATCH else OnStale.MASK_TOKENS
+
+
+class DataConfig(Part):
+    """Where prompts come from and how groups are asked for."""
+
+    train: SourceConfig
+    """Prompts to train on."""
+    eval: SourceConfig | None = None
+    """Held-out prompts; without it `eval_prompts` are split off the training source."""
+    eval_prompts: int = Field(default=128, ge=0)
+    """Held-out prompts, chosen by a hash of their text: an equal text is never on both sides."""
+    shuffle: bool = True
+    """Shuffle each pass with a seed of its own."""
+    strategy: StrategyConfig = GroupSampling()
+    """Which prompts, how many samples."""
+    filters: tuple[FilterConfig, ...] = ()
+    """Asked in order; the first that objects drops the group."""
+    gate: GateConfig = GateConfig()
+    """Staleness bound and order."""

@@ -1,0 +1,87 @@
+"""Rewards: named components with weights. A verifier that fails is an infra failure, never a 0."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from sluice.config.base import Part
+from sluice.config.data import ImportPath
+
+
+class RewardBase(Part):
+    """What every component has."""
+
+    name: str = ""
+    """Name of the component in logs and metrics; empty takes the type's name."""
+    weight: float = 1.0
+    """Factor in the total."""
+    tasks: tuple[str, ...] = ()
+    """Limit to these tasks; empty means all."""
+    pattern: str = ""
+    """Regular expression that finds the answer in the response: its last match, first group if it has
+    one. Empty takes the whole response, stripped. No match means an empty answer."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+
+class ReasoningGymReward(RewardBase):
+    """The scorer of the prompt's own reasoning-gym task."""
+
+    type: Literal["reasoning_gym"] = "reasoning_gym"
+    threshold: float | None = None
+    """Scores of at least this are 1, others 0. Some scorers give 0.01-0.05 to wrong answers."""
+
+
+class ExactReward(RewardBase):
+    """1 when the answer equals the ground truth."""
+
+    type: Literal["exact"] = "exact"
+    ignore_case: bool = False
+    """Compare without case."""
+
+
+class NumericReward(RewardBase):
+    """1 when both are numbers and differ by at most the tolerance."""
+
+    type: Literal["numeric"] = "numeric"
+    rel_tol: float = Field(default=1e-6, ge=0)
+    """Relative tolerance."""
+    abs_tol: float = Field(default=1e-9, ge=0)
+    """Absolute tolerance."""
+
+
+class PythonReward(RewardBase):
+    """A function of your own: `(prompt, answer) -> float`, plain or async."""
+
+    type: Literal["python"] = "python"
+    path: ImportPath
+    """The function: `file.py:name` or `module:name`."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    """Extra keyword arguments."""
+    seconds: float = Field(default=30.0, gt=0)
+    """Deadline of one call of an async function."""
+
+
+class RandomReward(RewardBase):
+    """0 or 1 by a seeded coin: the control that shows what training does without a signal."""
+
+    type: Literal["random"] = "random"
+    probability: float = Field(default=0.5, ge=0, le=1)
+    """Chance of a 1."""
+    seed: int = 0
+    """Seed of the coin; the draw depends on the episode's id alone."""
+
+
+RewardConfig = Annotated[
+    ReasoningGymReward | ExactReward | NumericReward | PythonReward | RandomReward, Field(discriminator="type")
+]

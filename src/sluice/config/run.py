@@ -1,0 +1,145 @@
+"""The whole configuration of a run. Only `sluice.orchestrate` and the CLI see it; parts get their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from sluice.config.algos import AlgorithmConfig, GRPOConfig
+from sluice.config.base import Part
+from sluice.config.data import DataConfig, OnStale
+from sluice.config.model import ModelConfig
+from sluice.config.rewards import RewardConfig
+from sluice.config.rollout import RolloutConfig, SamplingConfig
+from sluice.config.sft import SftConfig
+from sluice.config.train import TrainConfig
+
+
+class EvalConfig(Part):
+    """Evaluation on held-out prompts, with sampling of its own."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0 evaluates before and after only."""
+    samples: int = Field(default=1, ge=1)
+    """Answers a prompt."""
+    sampling: SamplingConfig | None = None
+    """None takes the sampling of training."""
+    greedy: bool = False
+    """Also measure the greedy answer, once a prompt."""
+    show: int = Field(default=3, ge=0)
+    """Prompts whose answers are shown side by side, before and after."""
+
+
+class CheckpointConfig(Part):
+    """Atomic checkpoints of the whole run."""
+
+    every: int = Field(default=50, ge=0)
+    """Steps between checkpoints; 0 writes one at the end only."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints that are kept; older ones are removed."""
+
+
+class LogConfig(Part):
+    """The durable episode log."""
+
+    rotate_bytes: int = Field(default=256 * 1024**2, ge=64 * 1024)
+    """A new file is begun beyond this size."""
+    power_safe: bool = False
+    """Also survive power loss, at the price of one disk flush a record; a killed process loses nothing
+    either way."""
+
+
+class ObsConfig(Part):
+    """What is shown and written beside the log."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files to the run folder."""
+    live: bool | None = None
+    """Live view; None shows it when the output is a terminal."""
+
+
+class LimitsConfig(Part):
+    """Ceilings that stop a run rather than let it go wrong."""
+
+    max_mismatch: float = Field(default=0.1, gt=0)
+    """Mean |engine log-prob - trainer log-prob| of a batch at lag 0, in nats, beyond which the run stops."""
+    max_infra_failures: float = Field(default=0.5, gt=0, le=1)
+    """Share of infra failures among a step's episodes beyond which the run stops."""
+
+
+class RunConfig(Part):
+    """One run: from prompts to a trained model."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run and its folder."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything that is drawn at random: initial weights, order, sampling noise."""
+    runs_dir: Path = Path("runs")
+    """Folder that holds run folders."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the trainer; None leaves the default."""
+
+    model: ModelConfig
+    """The policy."""
+    data: DataConfig
+    """Prompts, strategy, filters, gate."""
+    rewards: tuple[RewardConfig, ...] = Field(min_length=1)
+    """Components of the reward."""
+    warm_start: SftConfig | None = None
+    """Supervised steps before the first RL step."""
+    algorithm: AlgorithmConfig = GRPOConfig()
+    """The RL method."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Engine and sampling."""
+    steps: int = Field(default=100, ge=0)
+    """Batches to train on."""
+    groups_per_step: int = Field(default=32, ge=1)
+    """Groups of one batch."""
+    train: TrainConfig = TrainConfig()
+    """Optimizer and memory."""
+    evaluation: EvalConfig = EvalConfig()
+    """Held-out evaluation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints and retention."""
+    log: LogConfig = LogConfig()
+    """Durable episode log."""
+    obs: ObsConfig = ObsConfig()
+    """Metrics and live view."""
+    limits: LimitsConfig = LimitsConfig()
+    """When to stop."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder: `runs_dir/name`."""
+        return self.runs_dir / self.name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if not self.rollout.sampling.params().is_plain:
+            raise ValueError(
+                "rollout.sampling: training with top_p, top_k or min_p needs the kept tokens to be replayed in "
+                "the trainer, which is not there yet; leave them at 1, -1 and 0 for training (evaluation is free)"
+            )
+        if self.rollout.sampling.temperature == 0:
+            raise ValueError("rollout.sampling.temperature = 0 is greedy: all episodes of a group would be equal")
+        names = [reward.name or reward.type for reward in self.rewards]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"rewards: the name {twice[0]!r} is used twice; set rewards[i].name")
+        updates = getattr(self.algorithm, "updates_per_batch", 1)
+        if self.groups_per_step % updates:
+            raise ValueError(
+                f"groups_per_step = {self.groups_per_step} is not divisible by algorithm.updates_per_batch = {updates}"
+            )
+        if self.data.eval is None and self.data.eval_prompts == 0 and self.evaluation.every:
+            raise ValueError("evaluation.every needs held-out prompts: set data.eval or data.eval_prompts")
+        if self.data.gate.effective_on_stale is OnStale.WAIT and updates > 1 and self.data.gate.max_lag:
+            raise ValueError(
+                "gate.on_stale = 'wait' with algorithm.updates_per_batch > 1: each update is a step of lag; "
+                "use gate.on_stale = 'mask_tokens'"
+            )
+        return self
