@@ -67,21 +67,12 @@ class PlaceholderFinder(MetaPathFinder, Loader):
 def fill_triton(module: ModuleType) -> None:
     if module.__name__ == "triton":
         module.__version__ = "3.0.0"
-        module.cdiv = lambda a, b: -(a // -b)
-        module.next_power_of_2 = lambda n: 1 << (n - 1).bit_length() if n > 0 else 1
 
         class Config:
             def __init__(self, kwargs: Any = None, num_warps: int = 4, num_stages: int = 2, **extra: Any) -> None:
                 self.kwargs, self.num_warps, self.num_stages = kwargs, num_warps, num_stages
 
         module.Config = Config
-    if module.__name__ == "triton.language":
-
-        class Constexpr:
-            def __init__(self, value: Any = None) -> None:
-                self.value = value
-
-        module.constexpr = Constexpr
 
 
 def fill_torchvision(module: ModuleType) -> None:

@@ -1,0 +1,76 @@
+"""What an algorithm is: credit in float64 numpy, a loss over tensors, and the streams it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sluice.types import Group, LossInputs, LossOutput, Normaliser, Scored, TrainSample
+
+SampleKey: TypeAlias = tuple[str, int]
+Advantages: TypeAlias = Mapping[SampleKey, NDArray[np.float64]]
+"""Per-token advantages of each sample, shape `[len(sample)]`, by (episode id, segment)."""
+
+
+class Algorithm(Protocol):
+    """One RL method. `orchestrate` hands its `loss` to the trainer, which knows nothing else of it.
+
+    Attributes:
+        requires: streams that scoring must fill before `credit`: of proximal, reference, teacher:NAME, value.
+        normaliser, constant: what the step's loss is divided by; see `sluice.types.loss_scales`.
+        updates_per_batch: mini-batches of one batch; they share one scoring and one credit.
+    """
+
+    @property
+    def requires(self) -> frozenset[str]: ...
+
+    @property
+    def normaliser(self) -> Normaliser: ...
+
+    @property
+    def constant(self) -> float: ...
+
+    @property
+    def updates_per_batch(self) -> int: ...
+
+    def credit(self, groups: Sequence[Group]) -> Advantages:
+        """Advantages of every sample of every valid member, group and batch statistics included."""
+        ...
+
+    def loss(self, inputs: LossInputs) -> LossOutput: ...
+
+
+def sampled_mask(sample: TrainSample) -> NDArray[np.bool_]:
+    """Tokens the policy sampled and this segment owns, shape `[len(sample)]`; stale ones included."""
+    return sample["version"] >= 0
+
+
+def per_episode(groups: Sequence[Group], values: Sequence[NDArray[np.float64]]) -> Advantages:
+    """Spread one value per valid member over its sampled tokens.
+
+    Args:
+        groups: the groups of the step.
+        values: one array of shape `[len(group.valid)]` per group.
+    """
+    spread: dict[SampleKey, NDArray[np.float64]] = {}
+    for group, group_values in zip(groups, values, strict=True):
+        for member, value in zip(group.valid, group_values, strict=True):
+            for sample in member.samples:
+                spread[sample.key] = np.where(sampled_mask(sample), float(value), 0.0)
+    return spread
+
+
+def samples_of(groups: Sequence[Group]) -> Iterator[TrainSample]:
+    """Samples of all valid members, in order."""
+    for group in groups:
+        for member in group.valid:
+            yield from member.samples
+
+
+def total_reward(member: Scored) -> float:
+    """Total reward of a valid member."""
+    assert member.reward is not None  # a valid member has one, held by Scored
+    return member.reward.total

@@ -1,0 +1,268 @@
+"""The buffer: slots for groups, their lifecycle, and the order in which they are released to training.
+
+    requested ──► complete ──► settled ──► taken ──► trained
+                                  └──► dropped (filter), slot freed, refilled
+
+A pure state machine: it neither waits nor logs nor generates. The loop asks `want()`, dispatches what
+`request()` returns, brings finished episodes to `add()`, and takes a batch when `ready()`.
+
+In dispatch order groups are settled (filters asked, strategy told) strictly one after the other in the
+order they were requested, so refills and curricula do not depend on which episode happens to finish
+first: at lag 0 a run is reproducible. In completion order a group is settled when it is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from sluice.config.data import Order
+from sluice.data.filters import GroupFilter
+from sluice.data.gate import Gate
+from sluice.data.strategy import Strategy
+from sluice.errors import DataError
+from sluice.types import Group, GroupRequest, Message, Prompt, SamplingParams, Scored
+
+
+class State(StrEnum):
+    """Where a group is in its life; trained and dropped groups leave the buffer."""
+
+    REQUESTED = "requested"
+    COMPLETE = "complete"
+    SETTLED = "settled"
+    TAKEN = "taken"
+
+
+@dataclass(slots=True)
+class _Slot:
+    request: GroupRequest
+    state: State = State.REQUESTED
+    finished: dict[str, Scored] = field(default_factory=dict[str, Scored])
+    completed_at: int = -1
+
+    def group(self) -> Group:
+        ids = [self.request.episode_id(sample) for sample in range(self.request.n)]
+        return Group(self.request, tuple(self.finished[id] for id in ids))
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A group that a filter took out, and why."""
+
+    group: Group
+    reason: str
+
+
+class Buffer:
+    """Owns the groups that are alive. See the module for the lifecycle."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        strategy: Strategy,
+        *,
+        sampling: SamplingParams,
+        filters: Sequence[GroupFilter] = (),
+    ) -> None:
+        self._gate = gate
+        self._strategy = strategy
+        self._sampling = sampling
+        self._filters = filters
+        self._in_order = gate.config.effective_order is Order.DISPATCH
+        self._slots: dict[str, _Slot] = {}
+        self._next_ordinal = 0
+        self._completed = 0
+        self._dropped_in_a_row = 0
+
+    @property
+    def alive(self) -> int:
+        """Groups requested and neither trained nor dropped."""
+        return len(self._slots)
+
+    def want(self) -> int:
+        """How many groups may be requested now."""
+        return self._gate.admits(self.alive)
+
+    def request(self) -> GroupRequest:
+        """Ask the strategy for the next group and give it a slot."""
+        prompt, n = self._strategy.next()
+        request = GroupRequest(self._next_ordinal, prompt, n, self._sampling)
+        self._next_ordinal += 1
+        self._slots[request.id] = _Slot(request)
+        return request
+
+    def add(self, scored: Scored) -> list[Dropped]:
+        """A finished episode. Returns the groups that were dropped as a consequence.
+
+        Raises:
+            DataError: the group is not alive, the episode is already there, or filters have dropped so many
+                groups in a row that the run would never train.
+        """
+        slot = self._slots.get(scored.episode.group_id)
+        if slot is None or scored.episode.id in slot.finished:
+            raise DataError(f"episode {scored.episode.id} belongs to no group that waits for it")
+        slot.finished[scored.episode.id] = scored
+        if len(slot.finished) < slot.request.n:
+            return []
+        slot.state = State.COMPLETE
+        slot.completed_at = self._completed
+        self._completed += 1
+        return self._settle()
+
+    def _settle(self) -> list[Dropped]:
+        """Ask the filters about every complete group whose turn it is."""
+        dropped: list[Dropped] = []
+        for id, slot in list(self._slots.items()):
+            if slot.state is State.REQUESTED and self._in_order:
+                break
+            if slot.state is not State.COMPLETE:
+                continue
+            group = slot.group()
+            self._strategy.observe(group)
+            reason = next((reason for judge in self._filters if (reason := judge(group))), "")
+            if not reason:
+                slot.state = State.SETTLED
+                self._dropped_in_a_row = 0
+                continue
+            del self._slots[id]
+            dropped.append(Dropped(group, reason))
+            self._dropped_in_a_row += 1
+        limit = self._gate.config.refill_limit * self._gate.groups_per_step
+        if self._dropped_in_a_row > limit:
+            raise DataError(
+                f"filters dropped {self._dropped_in_a_row} groups in a row, the last because "
+                f"{dropped[-1].reason}" if dropped else "filters dropped too many groups in a row",
+                hint="the task may be too easy or too hard for dynamic sampling: look at `sluice episodes RUN`, "
+                "change the task or data.filters, or raise data.gate.refill_limit",
+            )
+        return dropped
+
+    def _releasable(self) -> list[_Slot]:
+        """Settled groups in the order they are to be trained."""
+        waiting = [slot for slot in self._slots.values() if slot.state is not State.TAKEN]
+        if not self._in_order:
+            settled = [slot for slot in waiting if slot.state is State.SETTLED]
+            return sorted(settled, key=lambda slot: slot.completed_at)
+        head: list[_Slot] = []
+        for slot in waiting:
+            if slot.state is not State.SETTLED:
+                break
+            head.append(slot)
+        return head
+
+    def ready(self) -> bool:
+        """Whether a whole batch can be taken."""
+        return len(self._releasable()) >= self._gate.groups_per_step
+
+    def take(self) -> list[Group]:
+        """The groups of the next batch. They keep their slots until `trained`."""
+        slots = self._releasable()[: self._gate.groups_per_step]
+        if len(slots) < self._gate.groups_per_step:
+            raise DataError("take() before ready(): no whole batch is settled")
+        for slot in slots:
+            slot.state = State.TAKEN
+        return [slot.group() for slot in slots]
+
+    def trained(self) -> None:
+        """The batch that was taken is trained: free its slots."""
+        self._slots = {id: slot for id, slot in self._slots.items() if slot.state is not State.TAKEN}
+
+    def unfinished(self) -> list[tuple[GroupRequest, list[int]]]:
+        """Requests with the sample numbers that are still missing: what a resumed run dispatches again."""
+        missing: list[tuple[GroupRequest, list[int]]] = []
+        for slot in self._slots.values():
+            ids = [slot.request.episode_id(sample) for sample in range(slot.request.n)]
+            samples = [sample for sample, id in enumerate(ids) if id not in slot.finished]
+            if samples:
+                missing.append((slot.request, samples))
+        return missing
+
+    # ── checkpoint ──────────────────────────────────────────────────────────────────────────────────────
+
+    def state_dict(self) -> dict[str, Any]:
+        """Requests, their states and which episodes are in, by id: the episodes themselves are in the log."""
+        return {
+            "next_ordinal": self._next_ordinal,
+            "completed": self._completed,
+            "dropped_in_a_row": self._dropped_in_a_row,
+            "strategy": self._strategy.state_dict(),
+            "slots": [
+                {
+                    "request": _request_to_json(slot.request),
+                    "state": slot.state.value,
+                    "finished": list(slot.finished),
+                    "completed_at": slot.completed_at,
+                }
+                for slot in self._slots.values()
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], episodes: Mapping[str, Scored]) -> None:
+        """Restore; `episodes` are the finished ones of the groups alive, read from the log by id.
+
+        Raises:
+            DataError: an episode that the checkpoint counts as finished is not in the log.
+        """
+        self._next_ordinal = int(state["next_ordinal"])
+        self._completed = int(state["completed"])
+        self._dropped_in_a_row = int(state["dropped_in_a_row"])
+        self._strategy.load_state_dict(state["strategy"])
+        self._slots = {}
+        for saved in state["slots"]:
+            lost = [id for id in saved["finished"] if id not in episodes]
+            if lost:
+                raise DataError(
+                    f"the checkpoint counts episode {lost[0]} as finished, but the log does not have it",
+                    hint="the log/ folder of the run is incomplete: restore it, or resume from an older checkpoint",
+                )
+            slot = _Slot(
+                _request_from_json(saved["request"]),
+                State(saved["state"]),
+                {id: episodes[id] for id in saved["finished"]},
+                int(saved["completed_at"]),
+            )
+            self._slots[slot.request.id] = slot
+
+
+def _request_to_json(request: GroupRequest) -> dict[str, Any]:
+    prompt, sampling = request.prompt, request.sampling
+    return {
+        "ordinal": request.ordinal,
+        "n": request.n,
+        "prompt": {
+            "id": prompt.id,
+            "task": prompt.task,
+            "messages": [list(message) for message in prompt.messages],
+            "answer": prompt.answer,
+            "metadata": dict(prompt.metadata),
+        },
+        "sampling": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(sampling.stop_token_ids),
+        },
+    }
+
+
+def _request_from_json(state: Mapping[str, Any]) -> GroupRequest:
+    prompt, sampling = state["prompt"], dict(state["sampling"])
+    return GroupRequest(
+        int(state["ordinal"]),
+        Prompt(
+            prompt["id"],
+            prompt["task"],
+            tuple(Message(*message) for message in prompt["messages"]),
+            prompt["answer"],
+            prompt["metadata"],
+        ),
+        int(state["n"]),
+        SamplingParams(
+            **{**sampling, "stop": tuple(sampling["stop"]), "stop_token_ids": tuple(sampling["stop_token_ids"])}
+        ),
+    )

@@ -1,0 +1,97 @@
+"""The gate between rollout and training, as arithmetic: how many groups may be alive, what is too old.
+
+Pacing. A batch is `groups_per_step` groups. With `max_lag` L (in optimizer steps; U updates a batch), at
+most (⌊L/U⌋ + 1) · groups_per_step groups are alive: dispatched, and neither trained nor dropped; the
+batch being trained counts until its step is done. A group dispatched under version v then has at most
+⌊L/U⌋ whole batches before its own, so in dispatch order it is trained at most L steps after v: the bound
+holds without discarding anything. In completion order an unlucky group can be overtaken; then `judge`
+takes its old tokens, or the whole episode, out of the loss.
+
+Staleness is recomputed when a batch is used, from the versions recorded with the tokens, along the
+lineage: never from counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from sluice.config.data import GateConfig, OnStale
+from sluice.errors import DataError
+from sluice.types import TrainSample, Version
+
+LagOf: TypeAlias = Callable[[Version], int]
+"""Steps between the version in use and another, along the lineage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """See the module. `updates` is the optimizer steps of one batch."""
+
+    config: GateConfig
+    groups_per_step: int
+    updates: int = 1
+
+    @property
+    def max_alive(self) -> int:
+        """Groups that may be alive at once."""
+        return (self.config.max_lag // self.updates + 1) * self.groups_per_step
+
+    def admits(self, alive: int) -> int:
+        """How many more groups may be dispatched while `alive` are."""
+        return max(0, self.max_alive - alive)
+
+    def judge(self, samples: tuple[TrainSample, ...], lag_of: LagOf) -> Judgement:
+        """Take what is older than the bound out of the loss of one episode.
+
+        Args:
+            samples: the samples of one episode.
+            lag_of: lag of a version against the one in use.
+
+        Returns:
+            The samples with stale tokens at weight 0, and what was counted.
+
+        Raises:
+            DataError: something is stale although the gate waits; that is a defect, not a policy.
+        """
+        codes = {int(code) for sample in samples for code in np.unique(sample["version"]) if code >= 0}
+        lags = {code: lag_of(Version.from_code(code)) for code in codes}
+        oldest = max(lags.values(), default=0)
+        stale = [code for code, lag in lags.items() if lag > self.config.max_lag]
+        if not stale:
+            return Judgement(samples, oldest, 0, "")
+        if self.config.effective_on_stale is OnStale.WAIT:
+            raise DataError(
+                f"episode {samples[0].episode_id} is {oldest} steps behind although the gate waits at "
+                f"max_lag = {self.config.max_lag}: the pacing bound was broken",
+                hint="please report this with the run's log; gate.on_stale = 'mask_tokens' trains on",
+            )
+        drop = self.config.effective_on_stale is OnStale.DROP
+        judged: list[TrainSample] = []
+        masked = 0
+        for sample in samples:
+            old = np.ones(len(sample), np.bool_) if drop else np.isin(sample["version"], stale)
+            masked += int(np.count_nonzero(old & sample.trained))
+            judged.append(sample.with_streams(weight=np.where(old, 0.0, sample["weight"])))
+        reason = f"stale: lag {oldest} > {self.config.max_lag}"
+        return Judgement(tuple(judged), oldest, masked, reason if drop else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the gate decided about one episode.
+
+    Attributes:
+        samples: the samples, stale tokens at weight 0.
+        lag: of the oldest token, in optimizer steps.
+        masked_tokens: tokens taken out of the loss.
+        dropped: why the episode left the loss altogether; empty when it did not.
+    """
+
+    samples: tuple[TrainSample, ...]
+    lag: int
+    masked_tokens: int
+    dropped: str

@@ -1,0 +1,68 @@
+"""Start a stock SGLang server on a CPU: where its interpreter is, its environment, its command line.
+
+For tests and for trying things out without a GPU: float32, PyTorch's own attention, no compiled kernels,
+about 100 tokens/s of a tiny model. SGLang itself is not changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+SHIM = Path(__file__).parent / "cpu_shim"
+
+
+def interpreter(environ: Mapping[str, str] = os.environ) -> Path:
+    """The Python of the environment that `scripts/install_sglang_cpu.sh` makes by default.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    home = Path(environ.get("SLUICE_HOME") or Path.home() / ".cache" / "sluice")
+    python = home / "engines" / "sglang-cpu" / "bin" / "python"
+    if not python.exists():
+        raise FileNotFoundError(f"there is no SGLang at {python}; run scripts/install_sglang_cpu.sh")
+    return python
+
+
+def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """A copy of `base` with what SGLang needs on a CPU."""
+    path = [str(SHIM), *filter(None, [base.get("PYTHONPATH")])]
+    return {
+        **base,
+        "PYTHONPATH": os.pathsep.join(path),
+        # without it the rotary embedding asks for vllm's CUDA kernels
+        "SGLANG_USE_CPU_ENGINE": "1",
+        # there is no triton for torch.compile to compile to
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        # /health generates a token otherwise: about a second, and 20 s and then 503 while paused
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+    }
+
+
+def command(
+    python: Path, model_path: Path, *, port: int, context_length: int = 512, extra_args: Sequence[str] = ()
+) -> list[str]:
+    """The command line of one server on 127.0.0.1.
+
+    Args:
+        python: interpreter of the engine's environment.
+        model_path: folder in Hugging Face layout; its tokenizer is needed.
+        port: TCP port to listen on. SGLang cannot choose one itself.
+        context_length: longest sequence, prompt and answer, in tokens.
+        extra_args: further server flags; a repeated flag overrides the one given here.
+    """
+    return [
+        *(str(python), "-m", "sglang.launch_server", "--model-path", str(model_path)),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native"),
+        *("--sampling-backend", "pytorch", "--grammar-backend", "none", "--disable-cuda-graph"),
+        # the KV pool: 16 sequences of the default length
+        *("--mem-fraction-static", "0.1", "--max-total-tokens", "8192", "--max-running-requests", "16"),
+        *("--context-length", str(context_length), "--skip-server-warmup"),
+        *extra_args,
+    ]
