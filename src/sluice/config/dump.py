@@ -1,4 +1,4 @@
-"""A resolved configuration as TOML or JSON; either can be loaded again and gives the same configuration."""
+"""A resolved configuration as TOML or JSON; either is a recipe again and gives the same configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def resolved_json(config: RunConfig) -> str:
 
 
 def resolved_toml(config: RunConfig) -> str:
-    """Every value of `config`, defaults included, as a TOML recipe. Keys that are None are left out."""
+    """Every value of `config`, defaults included, as a TOML recipe.
+
+    TOML has no null: keys that are None stand in comments; None is the default wherever a key is Sluice's.
+    """
     lines: list[str] = []
     _write_table(_values(config), "", lines)
     return "\n".join(lines).strip() + "\n"
@@ -44,7 +47,9 @@ def _write_table(table: Table, prefix: str, lines: list[str]) -> None:
             nested.append((name, inner))
         elif items is not None:
             nested.append((name, items))
-        elif value is not None:
+        elif value is None:
+            lines.append(f"# {_key(name)} = none")
+        else:
             lines.append(f"{_key(name)} = {_inline(value, prefix + name)}")
     for name, inner in nested:
         path = f"{prefix}{_key(name)}"
@@ -65,7 +70,10 @@ def _tables(value: object) -> list[Table] | None:
 
 def _inline(value: Any, where: str) -> str:
     if value is None:
-        raise ConfigError(f"{where} holds a null, which TOML cannot express", hint="print it as JSON: --json")
+        raise ConfigError(
+            f"{where} holds a null, which TOML cannot express",
+            hint="`sluice config show RECIPE --json` prints it",
+        )
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

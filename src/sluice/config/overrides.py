@@ -1,4 +1,4 @@
-"""Dotted overrides, `train.optimizer.lr=1e-3`: parsed as TOML values and put into a recipe before validation."""
+"""Dotted overrides, `train.optimizer.lr=1e-3`: TOML values that are put into a recipe before validation."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Override:
         return int(name)
 
     def _descend(self, node: Any, step: str | int, key: Key, tree: Table) -> Any:
-        child = self._get(node, step)
+        child: Any = self._get(node, step)
         if child is None or (child == {} and not isinstance(step, int)):
             field = field_at(key, tree)
             child = [] if field is not None and item_of(field.annotation, 0) is not Any else {}

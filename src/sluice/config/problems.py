@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from sluice.config.base import Part
-from sluice.config.data import IMPORT_PATTERN
 from sluice.config.lines import Key
-from sluice.config.shape import (
-    Table,
-    dotted,
-    known_keys,
-    locate,
-    nearest,
-    parts_of,
-    tag_of,
-)
+from sluice.config.run import RunConfig
+from sluice.config.shape import Spot, dotted, known_keys, locate, nearest, part_named, parts_of, tag_of
 from sluice.errors import ConfigError
 
-_LISTED = 16
-"""Valid names are listed when there are at most this many."""
 _SHOWN = 60
 """Characters of a wrong value that are shown."""
 _QUOTED = re.compile(r"'([^']*)'")
@@ -66,78 +56,90 @@ def refuse(name: str, problems: list[Problem]) -> ConfigError:
 
 
 def problems_of(error: ValidationError, places: Places) -> list[Problem]:
-    """Every fault that validation found, in the order of the configuration."""
-    return [_problem(details, places) for details in error.errors(include_url=False)]
+    """Every fault that validation found, in the order of the configuration.
+
+    Python code builds parts on their own: their keys start at the class, `OptimizerConfig.lr`.
+    """
+    details = error.errors(include_url=False)
+    real = [one for one in details if not _is_echo(one, details)]
+    found = [_problem(one, places, error.title) for one in real]
+    if error.title == RunConfig.__name__:
+        return found
+    return [replace(problem, key=(error.title, *problem.key)) for problem in found]
 
 
-def _problem(details: ErrorDetails, places: Places) -> Problem:
-    key, owner = locate(details["loc"])
-    kind = details["type"]
+def _is_echo(one: ErrorDetails, details: list[ErrorDetails]) -> bool:
+    """True for the length of a list that is too short only because its items are wrong."""
+    at = one["loc"]
+    return one["type"] == "too_short" and any(
+        other["loc"][: len(at)] == at != other["loc"] for other in details
+    )
+
+
+def _problem(details: ErrorDetails, places: Places, title: str) -> Problem:
+    spot = locate(details["loc"], part_named(title))
+    key, kind = spot.key, details["type"]
+    context: Mapping[str, Any] = details.get("ctx", {})
     if kind == "extra_forbidden":
-        return Problem(key, _unknown_key(key, owner, places), places.of(key))
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return _wrong_tag(key, details, places)
+        return Problem(key, _unknown_key(spot, places), places.of(key))
+    if kind == "union_tag_invalid":
+        key = (*key, "type")
+        valid = _QUOTED.findall(str(context["expected_tags"]))
+        return Problem(key, _not_one_of(context["tag"], valid), places.of(key))
+    if kind == "union_tag_not_found":
+        tags = [tag_of(part) for part in parts_of(spot.annotation)]
+        return Problem((*key, "type"), f"missing; one of {', '.join(tags)}", places.of(key))
     if kind == "value_error":
         message = details["msg"].removeprefix("Value error, ")
         return Problem(key, message, _place_of_message(message, key, places))
-    return Problem(key, _wrong_value(details, key, owner), places.of(key))
+    return Problem(key, _wrong_value(details, spot, context), places.of(key))
 
 
-def _unknown_key(key: Key, owner: type[Part] | None, places: Places) -> str:
+def _unknown_key(spot: Spot, places: Places) -> str:
+    key, owner = spot.key, spot.owner
     valid = [] if owner is None else list(owner.model_fields)
     word = str(key[-1])
-    parts = ["unknown key"]
     meant = nearest(word, valid)
+    if meant is None:
+        meant = _same_name_elsewhere(key)
+    text = "unknown key"
     if meant is not None:
-        parts.append(f"did you mean {meant!r}?")
-    elsewhere = [dotted(known) for known in dict.fromkeys(known_keys()) if known[-1] == word]
-    if meant is None and elsewhere:
-        parts.append(f"did you mean {elsewhere[0]!r}?")
-    if len(valid) <= _LISTED and valid:
-        parts.append(f"valid here: {', '.join(valid)}")
-    chosen_at, place = places.known.get((*key[:-1], "type")), places.of(key)
-    if owner is not None and tag_of(owner) and chosen_at not in (None, place):
-        parts.append(f"these are the keys of type {tag_of(owner)!r}, chosen by {chosen_at}")
-    return "; ".join(parts)
+        text += f", did you mean {meant!r}?"
+    if valid:
+        text += f" Valid here: {', '.join(valid)}" if meant else f", valid here: {', '.join(valid)}"
+    chosen_at = places.known.get((*key[:-1], "type"), "")
+    if owner is not None and chosen_at.startswith("override") and places.of(key) != chosen_at:
+        text += f" (the keys of type {tag_of(owner)!r}, chosen by {chosen_at})"
+    return text
 
 
-def _wrong_tag(key: Key, details: ErrorDetails, places: Places) -> Problem:
-    context: Mapping[str, Any] = details.get("ctx", {})
-    if details["type"] == "union_tag_invalid":
-        key = (*key, "type")
-        valid = _QUOTED.findall(str(context["expected_tags"]))
-        return Problem(key, _not_one_of(str(context["tag"]), valid), places.of(key))
-    valid = [tag for tag in (tag_of(part) for part in _options(details["loc"])) if tag]
-    return Problem((*key, "type"), f"missing; one of {', '.join(valid)}", places.of(key))
+def _same_name_elsewhere(key: Key) -> str | None:
+    """The key of this name that stands nearest in the configuration: `train.lr` → `train.optimizer.lr`."""
+    known = [other for other in known_keys() if other[-1] == key[-1]]
+    known.sort(key=lambda other: (-len(commonprefix([key, other])), len(other)))
+    return dotted(known[0]) if known else None
 
 
-def _options(loc: tuple[int | str, ...]) -> list[type[Part]]:
-    """The members of the union at a location."""
-    from sluice.config.shape import annotation_at
-
-    return parts_of(annotation_at(loc))
-
-
-def _wrong_value(details: ErrorDetails, key: Key, owner: type[Part] | None) -> str:
+def _wrong_value(details: ErrorDetails, spot: Spot, context: Mapping[str, Any]) -> str:
     kind, given = details["type"], details["input"]
-    context: Mapping[str, Any] = details.get("ctx", {})
     if kind == "missing":
-        field = owner.model_fields.get(str(key[-1])) if owner else None
+        field = spot.owner.model_fields.get(str(spot.key[-1])) if spot.owner else None
         description = (field.description or "") if field else ""
         return f"missing ({description.rstrip('.')})" if description else "missing"
     if kind in ("literal_error", "enum"):
         return _not_one_of(given, _QUOTED.findall(str(context["expected"])))
-    if kind == "string_pattern_mismatch" and context["pattern"] == IMPORT_PATTERN:
+    if kind == "string_pattern_mismatch" and spot.key[-1] == "path":
         return f"must be 'file.py:name' or 'package.module:name', not {_shown(given)}"
-    message = details["msg"].replace("Input should be", "must be").replace("String should", "must")
-    message = message.replace("Tuple should", "must").replace("Value should", "must")
+    message = re.sub(r"^(Input|String|Tuple|Value|List|Dictionary) should", "must", details["msg"])
+    message = re.sub("must be a valid dictionary or .*", "must be a table", message)
+    message = re.sub(" after validation, not [0-9]+$", "", message)
     return f"{message[0].lower()}{message[1:]}, not {_shown(given)}"
 
 
 def _not_one_of(given: object, valid: list[str]) -> str:
     meant = nearest(str(given), valid)
     guess = f"did you mean {meant!r}? " if meant is not None else ""
-    return f"{_shown(given)} is not valid; {guess}one of {', '.join(valid)}"
+    return f"{_shown(given)} is not valid, {guess}{'Valid' if guess else 'valid'}: {', '.join(valid)}"
 
 
 def _shown(value: object) -> str:

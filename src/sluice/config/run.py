@@ -28,6 +28,8 @@ class EvalConfig(Part):
     """None takes the sampling of training."""
     greedy: bool = False
     """Also measure the greedy answer, once a prompt."""
+    rewards: tuple[RewardConfig, ...] | None = None
+    """Rewards of the evaluation; None takes those of training. The mean total is the accuracy."""
     show: int = Field(default=3, ge=0)
     """Prompts whose answers are shown side by side, before and after."""
 
@@ -67,6 +69,8 @@ class LimitsConfig(Part):
     """Mean |engine log-prob - trainer log-prob| of a batch at lag 0, in nats, beyond which the run stops."""
     max_infra_failures: float = Field(default=0.5, gt=0, le=1)
     """Share of infra failures among a step's episodes beyond which the run stops."""
+    stall_seconds: float = Field(default=1_800.0, gt=0)
+    """Stop when no episode has finished for this long."""
 
 
 class RunConfig(Part):

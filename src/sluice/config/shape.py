@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, Union, cast, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeAlias, Union, cast, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -83,12 +83,20 @@ def allows_none(annotation: Any) -> bool:
     return any(kind is type(None) for kind in alternatives(annotation))
 
 
-def locate(loc: Sequence[str | int]) -> tuple[Key, type[Part] | None]:
-    """A pydantic error location as the key a user wrote, and the class that owns the key's last part.
+class Spot(NamedTuple):
+    """A key as its user wrote it, the class that owns its last part, and the type of what it holds."""
+
+    key: Key
+    owner: type[Part] | None
+    annotation: Any
+
+
+def locate(loc: Sequence[str | int], root: type[Part] = RunConfig) -> Spot:
+    """What a pydantic error location inside `root` means.
 
     Pydantic names the chosen member of a union on the way (`rewards, 0, numeric, abs_tol`); users do not.
     """
-    annotation: Any = RunConfig
+    annotation: Any = root
     key: Key = ()
     owner: type[Part] | None = None
     for step in loc:
@@ -105,7 +113,7 @@ def locate(loc: Sequence[str | int]) -> tuple[Key, type[Part] | None]:
             annotation = owner.model_fields[step].annotation
         else:
             annotation = Any
-    return key, owner
+    return Spot(key, owner, annotation)
 
 
 def field_at(key: Key, tree: Table) -> FieldInfo | None:
@@ -130,7 +138,7 @@ def field_at(key: Key, tree: Table) -> FieldInfo | None:
 
 
 def chosen_part(annotation: Any, table: Table, field: FieldInfo | None) -> type[Part] | None:
-    """The class that `table` is an instance of: by its `type`, else by the field's default, else the only one."""
+    """The class that `table` is meant for: by its `type`, else by the field's default, else the only one."""
     options = parts_of(annotation)
     if len(options) <= 1:
         return options[0] if options else None
@@ -153,7 +161,7 @@ def fill_defaults(annotation: Any, value: Any, field: FieldInfo | None = None) -
     if table is None or part is None:
         return value
     default = field.default if field is not None else None
-    merged = {**as_written(default), **table} if type(default) is part else dict(table)
+    merged = {**as_written(default), **table} if isinstance(default, part) else dict(table)
     for name, inner in part.model_fields.items():
         if name in merged:
             merged[name] = fill_defaults(inner.annotation, merged[name], inner)
@@ -186,6 +194,20 @@ def known_keys(annotation: Any = RunConfig, prefix: Key = ()) -> Iterator[Key]:
         for name, field in part.model_fields.items():
             yield (*prefix, name)
             yield from known_keys(field.annotation, (*prefix, name))
+
+
+def part_named(name: str) -> type[Part]:
+    """The config class of this name; `RunConfig` when there is none."""
+    kinds: list[type[Part]] = [RunConfig]
+    for kind in kinds:  # grows while it is walked
+        inner = [part for field in kind.model_fields.values() for part in nested_parts(field.annotation)]
+        kinds += [part for part in dict.fromkeys(inner) if part not in kinds]
+    return next((kind for kind in kinds if kind.__name__ == name), RunConfig)
+
+
+def nested_parts(annotation: Any) -> list[type[Part]]:
+    """The config classes that a field may hold, as its value or as items of its list."""
+    return parts_of(annotation) + parts_of(item_of(annotation, 0))
 
 
 def nearest(word: str, valid: Sequence[str]) -> str | None:

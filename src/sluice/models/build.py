@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -18,12 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from sluice.config.model import DType, ScratchConfig
 from sluice.errors import ConfigError, TrainError
 from sluice.models.tokenizer import EOS, PAD, build_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
+transformers_logging.disable_progress_bar()  # one line a shard, between our own lines
 _ALWAYS_ALLOWED = frozenset({"model_type", "rope_theta", "rope_scaling"})
 """Keys every config class takes besides its fields; the two rope keys are folded into `rope_parameters`."""
 
@@ -48,24 +51,25 @@ def load_model(path: Path, *, dtype: DType | torch.dtype, attn_implementation: s
     check_model_folder(path)
     wanted = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=wanted,
             attn_implementation=attn_implementation,
             local_files_only=True,
             use_safetensors=True,
-            output_loading_info=True,
+            output_loading_info=True,  # makes the result a pair
         )
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise TrainError(
             f"the model in {path} could not be loaded: {error}",
             hint="check that config.json and the safetensors files belong together",
         ) from error
+    model, report = loaded
     absent = sorted(report["missing_keys"])
     if absent:
         raise TrainError(
             f"the weights in {path} lack {len(absent)} tensors that config.json asks for, first {absent[0]}",
-            hint="copy all safetensors shards of the model into the folder, and the config.json they came with",
+            hint="copy all safetensors shards of the model into the folder, with their config.json",
         )
     return model.eval()
 
@@ -123,7 +127,9 @@ def make_scratch(config: ScratchConfig, folder: Path, *, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        with torch.no_grad():  # heads that do not divide each other show only in a forward pass
+            model(torch.zeros(1, 2, dtype=torch.long))
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise ConfigError(
             f"model.scratch.architecture does not make a {model_type} model: {error}",
             hint="check that hidden_size, the numbers of heads and head_dim fit together",
@@ -186,7 +192,7 @@ def _check_model_type(model_type: str, where: str) -> None:
     if model_type in CONFIG_MAPPING:
         raise ConfigError(
             f"{where}: {model_type!r} is not a causal language model",
-            hint="use a model type that transformers' AutoModelForCausalLM builds, such as 'qwen3' or 'llama'",
+            hint="use a type that transformers' AutoModelForCausalLM builds, such as 'qwen3' or 'llama'",
         )
     known = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
     raise ConfigError(
@@ -201,7 +207,8 @@ def _check_architecture_keys(config_class: Any, architecture: dict[str, Any]) ->
     for key in architecture:
         if key not in known and key not in _ALWAYS_ALLOWED:
             raise ConfigError(
-                f"model.scratch.architecture: {config_class.model_type} has no key {key!r}{nearest(key, known)}",
+                f"model.scratch.architecture: {config_class.model_type} has no key {key!r}"
+                + nearest(key, known),
                 hint="see the fields of the model's config class in transformers",
             )
 

@@ -44,6 +44,10 @@ class Lineage:
         self.current = version
         return version
 
+    def rewind(self, version: Version) -> None:
+        """Stand just before `version`: publishing its bits again gives it back its name."""
+        self.current = self._born[version].parent if version in self._born else None
+
     def ancestry(self, version: Version) -> list[Version]:
         """The version, its parent, and so on to the first. Raises WeightsError for an unknown one."""
         line: list[Version] = []

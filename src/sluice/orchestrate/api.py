@@ -1,0 +1,136 @@
+"""What a user calls: train, fine-tune, evaluate, generate. The CLI and `import sluice` are thin over it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sluice import device
+from sluice.config.rollout import EmbeddedConfig, SamplingConfig
+from sluice.config.run import RunConfig
+from sluice.errors import ConfigError
+from sluice.models.build import load_model, load_tokenizer
+from sluice.obs.summary import Summary
+from sluice.obs.view import View, make_view
+from sluice.orchestrate.folder import open_folder
+from sluice.orchestrate.inline import InlineRun, evaluate_model
+from sluice.orchestrate.setup import initial_model, load_data
+from sluice.orchestrate.warm_start import fine_tune
+from sluice.rollout.engines.embedded import EmbeddedEngine
+from sluice.rollout.render import Renderer
+from sluice.rollout.runner import SingleTurn, noise_key
+from sluice.types import Message, Prompt
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, view: View | None = None
+) -> Summary:
+    """Run the whole ring until `config.steps` batches are trained.
+
+    Args:
+        config: the run.
+        resume: continue an interrupted run from its newest checkpoint and its log.
+        overwrite: replace an existing run folder of the same name.
+        view: where progress is shown; None chooses by `config.obs.live` and the terminal.
+
+    Returns:
+        The summary that is also written to `summary.json`.
+
+    Raises:
+        SluiceError: see `sluice.errors`; whatever was finished before is in the run folder's log.
+    """
+    device.set_threads(config.threads)
+    folder = open_folder(config, resume=resume, overwrite=overwrite)
+    shown = view or make_view(config.obs.live)
+    return asyncio.run(InlineRun(config, folder, shown, resume=resume).run())
+
+
+def sft(config: RunConfig, out: Path | None = None) -> Path:
+    """Run the recipe's `warm_start` alone and write the model to `out` (default: `runs_dir/NAME-sft`).
+
+    Returns:
+        The Hugging Face folder.
+
+    Raises:
+        ConfigError: the recipe has no `warm_start`, or `out` is not empty.
+    """
+    if config.warm_start is None:
+        raise ConfigError("this recipe has no warm_start", hint="add one; see `sluice config schema`")
+    target = out or config.runs_dir / f"{config.name}-sft"
+    if target.exists() and any(target.iterdir()):
+        raise ConfigError(f"{target} is not empty", hint="choose another --out, or remove it yourself")
+    device.set_threads(config.threads)
+    view = make_view(config.obs.live)
+    data = load_data(config.data, seed=config.seed)
+    fine_tune(
+        config.warm_start,
+        initial_model(config, target.parent / f".{target.name}-init"),
+        target,
+        data.train,
+        seed=config.seed,
+        device=device.resolve(config.device),
+        template_kwargs=config.model.chat_template_kwargs,
+        view=view,
+    )
+    return target
+
+
+def evaluate(config: RunConfig, model: Path | None = None) -> dict[str, Any]:
+    """Measure a model on the recipe's held-out prompts with the embedded engine.
+
+    Args:
+        config: the recipe.
+        model: Hugging Face folder; None takes the newest checkpoint of the recipe's run folder.
+
+    Returns:
+        `EvalResult` as JSON.
+    """
+    device.set_threads(config.threads)
+    return asyncio.run(evaluate_model(config, model)).to_json()
+
+
+def generate(
+    model: Path, prompts: Sequence[str], *, n: int = 1, sampling: SamplingConfig | None = None, seed: int = 0
+) -> list[list[str]]:
+    """Answer questions with the embedded engine.
+
+    Args:
+        model: Hugging Face folder.
+        prompts: user messages, one conversation each.
+        n: answers to each.
+        seed: keys the sampling noise.
+
+    Returns:
+        `n` answers per prompt.
+    """
+    return asyncio.run(_generate(model, prompts, n, sampling or SamplingConfig(), seed))
+
+
+async def _generate(
+    model: Path, prompts: Sequence[str], n: int, sampling: SamplingConfig, seed: int
+) -> list[list[str]]:
+    tokenizer = load_tokenizer(model)
+    config = EmbeddedConfig()
+    engine = EmbeddedEngine(
+        load_model(model, dtype=config.dtype, attn_implementation="sdpa"), tokenizer, config,
+        device=device.resolve("auto"),
+    )  # fmt: skip
+    capabilities = await engine.start()
+    renderer = Renderer(tokenizer)
+    runner = SingleTurn(engine, renderer, seed=seed, context_length=capabilities.context_length)
+    params = sampling.params(eos=renderer.eos)
+    try:
+        answers: list[list[str]] = []
+        for number, text in enumerate(prompts):
+            prompt = Prompt(f"p{number}", "generate", (Message("user", text),))
+            jobs = [
+                runner.answer(f"{prompt.id}.{k}", prompt.id, prompt, params, noise_key(seed, number, k))
+                for k in range(n)
+            ]
+            episodes = await asyncio.gather(*jobs)
+            answers.append(["".join(renderer.text(turn.ids) for turn in e.sampled_turns()) for e in episodes])
+        return answers
+    finally:
+        await engine.close()

@@ -1,0 +1,142 @@
+"""Evaluation: held-out prompts, sampling of its own, every answer in the log."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sluice.log.records import EpisodeRecord, EvalRecord
+from sluice.orchestrate.journal import Journal
+from sluice.orchestrate.producer import Producer
+from sluice.rollout.render import Renderer
+from sluice.rollout.runner import SingleTurn, noise_key
+from sluice.types import Episode, Prompt, SamplingParams, Version
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One evaluated answer, for people."""
+
+    prompt: str
+    truth: str
+    response: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """Mean total reward over the held-out prompts.
+
+    Attributes:
+        accuracy: mean over all sampled answers; a verifier or engine failure is left out, never a 0.
+        greedy: mean over one greedy answer a prompt; None when not asked for.
+        answers: the first prompts' answers, for people.
+        counted, failed: answers in the mean, and answers left out.
+    """
+
+    accuracy: float
+    greedy: float | None
+    response_tokens: float
+    counted: int
+    failed: int
+    answers: tuple[Answer, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> EvalResult:
+        return cls(**{**state, "answers": tuple(Answer(**answer) for answer in state["answers"])})
+
+    def metrics(self) -> dict[str, float]:
+        """By metric name."""
+        rows = {"eval/accuracy": self.accuracy, "eval/response_tokens": self.response_tokens}
+        rows["eval/failed"] = float(self.failed)
+        if self.greedy is not None:
+            rows["eval/greedy"] = self.greedy
+        return rows
+
+
+class Evaluator:
+    """Measures the weights that the engine is serving.
+
+    Args:
+        runner: asks the engine.
+        judge: a producer's reward path, with the evaluation's own rubric.
+        seed: keys the sampling noise; the same at every evaluation, so that two differ by the weights only.
+    """
+
+    def __init__(
+        self,
+        runner: SingleTurn,
+        judge: Producer,
+        renderer: Renderer,
+        journal: Journal,
+        prompts: Sequence[Prompt],
+        *,
+        sampling: SamplingParams,
+        samples: int,
+        greedy: bool,
+        show: int,
+        seed: int,
+    ) -> None:
+        self._runner, self._judge, self._renderer, self._journal = runner, judge, renderer, journal
+        self._prompts = prompts
+        self._sampling = sampling
+        self._samples, self._greedy, self._show, self._seed = samples, greedy, show, seed
+
+    async def __call__(self, step: int, version: Version) -> EvalResult:
+        """Answer and score every prompt; log episodes and the result."""
+        sampled = await self._measure(f"eval-{step:06d}", self._sampling, self._samples)
+        greedy = None
+        if self._greedy:
+            once = replace(self._sampling, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0)
+            greedy = _mean(await self._measure(f"greedy-{step:06d}", once, 1))
+        counted = [score for _, score in sampled if score is not None]
+        lengths = [episode.num_sampled_tokens for episode, score in sampled if score is not None]
+        first = sampled[:: self._samples][: self._show]
+        result = EvalResult(
+            accuracy=_mean(sampled),
+            greedy=greedy,
+            response_tokens=float(np.mean(lengths)) if lengths else 0.0,
+            counted=len(counted),
+            failed=len(sampled) - len(counted),
+            answers=tuple(self._answer(episode, score) for episode, score in first),
+        )
+        await self._journal.write(EvalRecord(step, version, result.metrics(), tuple(e.id for e, _ in sampled)))
+        return result
+
+    async def _measure(
+        self, group: str, sampling: SamplingParams, samples: int
+    ) -> list[tuple[Episode, float | None]]:
+        jobs = [
+            self._one(f"{group}.{prompt.id}.{sample}", group, prompt, sampling, sample)
+            for prompt in self._prompts
+            for sample in range(samples)
+        ]
+        return await asyncio.gather(*jobs)
+
+    async def _one(
+        self, id: str, group: str, prompt: Prompt, sampling: SamplingParams, sample: int
+    ) -> tuple[Episode, float | None]:
+        key = noise_key(self._seed, "eval", prompt.id, sample)
+        episode = await self._runner.answer(id, group, prompt, sampling, key)
+        await self._journal.write(EpisodeRecord(episode))
+        if not episode.outcome.counts:
+            return episode, None
+        episode, reward = await self._judge.judge(episode)
+        return episode, reward.total if reward else None
+
+    def _answer(self, episode: Episode, score: float | None) -> Answer:
+        question = next((m.content for m in reversed(episode.prompt.messages) if m.role == "user"), "")
+        response = "".join(self._renderer.text(turn.ids) for turn in episode.sampled_turns())
+        return Answer(question, episode.prompt.answer, response, score if score is not None else float("nan"))
+
+
+def _mean(scored: Sequence[tuple[Episode, float | None]]) -> float:
+    counted = [score for _, score in scored if score is not None]
+    return float(np.mean(counted)) if counted else float("nan")

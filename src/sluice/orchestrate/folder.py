@@ -1,0 +1,96 @@
+"""The run folder: what a person can read with `ls` and `jq`, and what a resumed run may change.
+
+    runs/NAME/
+        config.json         the resolved configuration
+        metrics.jsonl       one row a batch
+        summary.json        written at the end
+        log/                the durable episode log (`sluice episodes runs/NAME`)
+        checkpoints/        atomic, newest last
+        tensorboard/        event files
+        model-init/         the model before anything was trained, when made from scratch
+        model-sft/          after the warm start, when there is one
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sluice.config.run import RunConfig
+from sluice.errors import ConfigError
+
+MAY_CHANGE = (
+    "steps", "runs_dir", "device", "threads", "checkpoint", "obs", "limits", "log", "evaluation.every",
+    "evaluation.show", "rollout.engine", "rollout.sglang", "rollout.embedded", "train.micro_batch_tokens",
+    "train.logprob_chunk", "train.activation_checkpointing",
+)  # fmt: skip
+"""What a resumed run may change: it alters speed, length or place, not what is learned up to here."""
+
+
+def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path:
+    """Create the run folder, or check that an existing one may be continued.
+
+    Raises:
+        ConfigError: the folder exists and neither flag is given, or there is nothing to resume, or the
+            configuration changed in a way that would make it another run.
+    """
+    folder = config.folder
+    saved = folder / "config.json"
+    if folder.exists() and not resume:
+        if not overwrite:
+            raise ConfigError(
+                f"{folder} already holds a run",
+                hint="--resume continues it, --overwrite replaces it, name=NAME starts another beside it",
+            )
+        if not saved.exists() and any(folder.iterdir()):
+            raise ConfigError(
+                f"{folder} is not a run folder: it has no config.json, so --overwrite leaves it alone",
+                hint="choose another name, or remove it yourself",
+            )
+        shutil.rmtree(folder)
+    if resume and not saved.exists():
+        raise ConfigError(f"there is no run to resume in {folder}", hint="start it without --resume")
+    if resume:
+        _check_unchanged(config, saved)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torn = folder / ".config.json.tmp"
+        torn.write_text(config.model_dump_json(indent=2) + "\n")
+        torn.replace(saved)
+    except OSError as error:
+        raise ConfigError(f"the run folder {folder} cannot be written: {error}",
+                          hint="set runs_dir to a writable place with free space") from error
+    return folder
+
+
+def _check_unchanged(config: RunConfig, saved: Path) -> None:
+    before = flatten(json.loads(saved.read_text()))
+    after = flatten(json.loads(config.model_dump_json()))
+    changed = sorted(
+        key
+        for key in before.keys() | after.keys()
+        if before.get(key) != after.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+    )
+    if changed:
+        rows = [f"{key}: {before.get(key)!r} → {after.get(key)!r}" for key in changed[:8]]
+        raise ConfigError(
+            f"{saved.parent} was started with another configuration:\n    " + "\n    ".join(rows),
+            hint="resume with the original values, or start a new run under another name",
+        )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries and lists as dotted keys."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {} if items else {prefix: value}
+    for key, inner in items:
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,267 @@
+"""A run in one process: trainer and embedded engine here, or an SGLang server by URL."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import sluice
+from sluice import device
+from sluice.algos import make_algorithm
+from sluice.checkpoint.store import Checkpoint, CheckpointStore
+from sluice.config.run import RunConfig
+from sluice.data.buffer import Buffer
+from sluice.data.filters import make_filter
+from sluice.data.gate import Gate
+from sluice.errors import ConfigError
+from sluice.log.records import ResumeRecord, RunRecord, VersionRecord
+from sluice.log.writer import LogWriter
+from sluice.models.build import load_tokenizer
+from sluice.obs.metrics import JsonlSink, MetricSink, TensorBoardSink
+from sluice.obs.summary import Summary
+from sluice.obs.timing import PhaseTimer
+from sluice.obs.view import NullView, View
+from sluice.orchestrate.evaluation import EvalResult, Evaluator
+from sluice.orchestrate.journal import Journal
+from sluice.orchestrate.loop import Loop, Parts, Progress
+from sluice.orchestrate.producer import Producer, Recovered
+from sluice.orchestrate.recovery import alive_episodes, first_alive, logged_episodes, logged_versions
+from sluice.orchestrate.setup import (
+    Data,
+    check_capabilities,
+    check_prompts,
+    initial_model,
+    load_data,
+    make_engine,
+    make_strategy,
+    require,
+)
+from sluice.orchestrate.warm_start import fine_tune
+from sluice.rewards.rubric import Rubric
+from sluice.rollout.engines.base import Engine
+from sluice.rollout.render import Renderer
+from sluice.rollout.runner import SingleTurn
+from sluice.train.backends.torch import TorchTrainer
+from sluice.types import Version
+from sluice.weights.lineage import Lineage
+from sluice.weights.store import WeightStore, activate
+
+
+class InlineRun:
+    """Builds the parts, brings them to where a checkpoint stood, runs the loop, writes the summary."""
+
+    def __init__(self, config: RunConfig, folder: Path, view: View, *, resume: bool) -> None:
+        self._config = config
+        self._folder = folder
+        self._view = view
+        self._resume = resume
+        self._device = device.resolve(config.device)
+        self._timer = PhaseTimer()
+
+    async def run(self) -> Summary:
+        """The whole run. Everything that was opened is closed again, whatever happens."""
+        config, folder = self._config, self._folder
+        checkpoints = CheckpointStore(folder / "checkpoints", keep=config.checkpoint.keep)
+        async with AsyncExitStack() as stack:
+            writer = stack.enter_context(
+                LogWriter(folder / "log", rotate_bytes=config.log.rotate_bytes, power_safe=config.log.power_safe)
+            )
+            journal = Journal(writer)
+            checkpoint = checkpoints.latest() if self._resume else None
+            data = load_data(config.data, seed=config.seed)
+            rubric = Rubric(config.rewards)
+            rubric.check(data.tasks)
+            journal.write_now(RunRecord(config.name, config.seed, sluice.__version__))
+            self._view.start(config.name, config.steps, str(folder))
+            stack.callback(self._view.close)
+
+            start = await self._start_model(checkpoint, data)
+            tokenizer = load_tokenizer(start)
+            renderer = Renderer(tokenizer, config.model.chat_template_kwargs)
+            engine, sink = make_engine(config, start, tokenizer, device=self._device)
+            stack.push_async_callback(engine.close)
+            context_length = check_capabilities(config, await engine.start())
+            runner = SingleTurn(engine, renderer, seed=config.seed, context_length=context_length)
+            check_prompts(runner, data, config.rollout.sampling.max_new_tokens)
+
+            algorithm = make_algorithm(
+                config.algorithm, max_new_tokens=config.rollout.sampling.max_new_tokens
+            )
+            trainer = TorchTrainer(
+                config.train,
+                start,
+                total_steps=config.steps * algorithm.updates_per_batch,
+                seed=config.seed,
+                device=self._device,
+                reference="reference" in algorithm.requires,
+            )
+            gate = Gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
+            buffer = Buffer(
+                gate,
+                make_strategy(config.data, data, seed=config.seed),
+                sampling=config.rollout.sampling.params(eos=renderer.eos),
+                filters=[make_filter(each) for each in config.data.filters],
+            )
+            lineage = Lineage(logged_versions(folder / "log") if self._resume else ())
+            progress, recovered = self._restore(checkpoint, buffer, lineage, trainer, journal)
+            producer = Producer(
+                runner, rubric, renderer, journal, recovered=recovered,
+                may_use=self._may_use(lineage, gate), stall_seconds=config.limits.stall_seconds,
+            )  # fmt: skip
+            stack.push_async_callback(producer.close)
+            sinks = self._sinks(stack, progress.batch)
+            parts = Parts(
+                engine=engine, sink=sink, producer=producer,
+                evaluator=self._evaluator(runner, renderer, journal, data),
+                trainer=trainer, algorithm=algorithm, buffer=buffer, gate=gate, lineage=lineage,
+                store=WeightStore(folder / "weights", start, lineage),
+                checkpoints=checkpoints, journal=journal, sinks=sinks, view=self._view, timer=self._timer,
+            )  # fmt: skip
+            return await self._drive(Loop(config, parts, progress), parts, fresh=checkpoint is None)
+
+    async def _drive(self, loop: Loop, parts: Parts, *, fresh: bool) -> Summary:
+        """Activate the first weights, measure them, run the loop, measure again."""
+        with self._timer.phase("publish"):
+            published = parts.store.publish(parts.trainer, loop.progress.step)
+            born = published.manifest
+            await parts.journal.write(VersionRecord(born.version, born.parent, born.checksum))
+            await activate(published, [parts.sink])
+        if fresh:
+            if parts.evaluator:
+                loop.progress.before = (await loop.evaluate()).to_json()
+            await loop.checkpoint()
+        await loop.run()
+        before = EvalResult.from_json(loop.progress.before) if loop.progress.before else None
+        after = loop.evaluations.get(loop.progress.batch, before if self._config.steps == 0 else None)
+        if after is None and parts.evaluator:
+            after = await loop.evaluate()
+        summary = self._summary(loop, before, after)
+        summary.write(self._folder / "summary.json")
+        if before and after:
+            self._view.compare(before.answers, after.answers)
+        self._view.finish(summary)
+        return summary
+
+    async def _start_model(self, checkpoint: Checkpoint | None, data: Data) -> Path:
+        """The model folder that trainer and engine load: a checkpoint's, a warm-started or the initial one."""
+        if checkpoint is not None:
+            return checkpoint.model
+        config = self._config
+        start = initial_model(config, self._folder)
+        if config.warm_start is None:
+            return start
+        out = self._folder / "model-sft"
+        with self._timer.phase("sft"):
+            fine_tune(
+                config.warm_start, start, out, data.train, seed=config.seed, device=self._device,
+                template_kwargs=config.model.chat_template_kwargs, view=self._view,
+            )  # fmt: skip
+        return out
+
+    def _restore(
+        self,
+        checkpoint: Checkpoint | None,
+        buffer: Buffer,
+        lineage: Lineage,
+        trainer: TorchTrainer,
+        journal: Journal,
+    ) -> tuple[Progress, dict[str, Recovered]]:
+        """Bring everything to where the checkpoint stood; find what the log holds beyond it."""
+        if not self._resume:
+            return Progress(), {}
+        log = self._folder / "log"
+        if checkpoint is None:  # killed before the first checkpoint: begin again, keep finished episodes
+            journal.write_now(ResumeRecord(0))
+            return Progress(), logged_episodes(log, 0)
+        state = checkpoint.state()
+        progress = Progress(**state["progress"])
+        lineage.load_state_dict(state["lineage"])
+        lineage.rewind(Version.parse(state["version"]))
+        recovered = logged_episodes(log, first_alive(state["buffer"]))
+        buffer.load_state_dict(state["buffer"], alive_episodes(state["buffer"], recovered))
+        trainer.load_state(checkpoint.trainer)
+        self._timer.load_state_dict(state["timer"])
+        journal.write_now(ResumeRecord(progress.step))
+        return progress, recovered
+
+    def _may_use(self, lineage: Lineage, gate: Gate):  # noqa: ANN202
+        """Where the gate waits, an episode of an abandoned version is sampled again; else the gate judges it."""
+        from sluice.config.data import OnStale
+
+        if gate.config.effective_on_stale is OnStale.WAIT:
+            return lineage.in_line
+        return lambda version: True
+
+    def _sinks(self, stack: AsyncExitStack, batch: int) -> list[MetricSink]:
+        jsonl = JsonlSink(self._folder / "metrics.jsonl")
+        jsonl.truncate_after(batch if self._resume else -1)
+        sinks: list[MetricSink] = [jsonl]
+        if self._config.obs.tensorboard:
+            sinks.append(TensorBoardSink(self._folder / "tensorboard"))
+        for sink in sinks:
+            stack.callback(sink.close)
+        return sinks
+
+    def _evaluator(
+        self, runner: SingleTurn, renderer: Renderer, journal: Journal, data: Data
+    ) -> Evaluator | None:
+        return make_evaluator(self._config, runner, renderer, journal, data) if data.held_out else None
+
+    def _summary(self, loop: Loop, before: EvalResult | None, after: EvalResult | None) -> Summary:
+        progress, timer = loop.progress, self._timer
+        return Summary(
+            eval_before=before.accuracy if before else None,
+            eval_after=after.accuracy if after else None,
+            greedy_before=before.greedy if before else None,
+            greedy_after=after.greedy if after else None,
+            steps=progress.batch,
+            wall_seconds=timer.wall_seconds,
+            rollout_tokens_per_second=progress.rollout_tokens / max(progress.rollout_seconds, 1e-9),
+            train_tokens_per_second=progress.trained_tokens / max(progress.train_seconds, 1e-9),
+            time_split=timer.split(),
+            logprob_mismatch_mean_abs=progress.mismatch_sum / max(progress.mismatch_steps, 1),
+            seed=self._config.seed,
+        )
+
+
+def make_evaluator(
+    config: RunConfig, runner: SingleTurn, renderer: Renderer, journal: Journal, data: Data
+) -> Evaluator:
+    """The evaluator of a recipe, with the evaluation's own rewards and sampling."""
+    require(data.held_out, "held-out prompts")
+    chosen = config.evaluation
+    rubric = Rubric(chosen.rewards or config.rewards)
+    rubric.check({prompt.task for prompt in data.held_out})
+    judge = Producer(
+        runner, rubric, renderer, journal, recovered={}, may_use=lambda version: True,
+        stall_seconds=config.limits.stall_seconds,
+    )  # fmt: skip
+    sampling = (chosen.sampling or config.rollout.sampling).params(eos=renderer.eos)
+    return Evaluator(
+        runner, judge, renderer, journal, data.held_out, sampling=sampling, samples=chosen.samples,
+        greedy=chosen.greedy, show=chosen.show, seed=config.seed,
+    )  # fmt: skip
+
+
+async def evaluate_model(config: RunConfig, model: Path | None) -> EvalResult:
+    """Measure a model folder, or the newest checkpoint of the run, on the held-out prompts."""
+    import tempfile
+
+    if model is None:
+        checkpoint = CheckpointStore(config.folder / "checkpoints", keep=1).latest()
+        if checkpoint is None:
+            raise ConfigError(f"{config.folder} has no checkpoint", hint="name a model: --model FOLDER")
+        model = checkpoint.model
+    data = load_data(config.data, seed=config.seed)
+    tokenizer = load_tokenizer(model)
+    renderer = Renderer(tokenizer, config.model.chat_template_kwargs)
+    local = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "embedded"})})
+    engine, _ = make_engine(local, model, tokenizer, device=device.resolve(config.device))
+    with tempfile.TemporaryDirectory() as scratch, LogWriter(Path(scratch)) as writer:
+        context_length = check_capabilities(local, await engine.start())
+        try:
+            runner = SingleTurn(engine, renderer, seed=config.seed, context_length=context_length)
+            evaluator = make_evaluator(config, runner, renderer, Journal(writer), data)
+            return await evaluator(0, Version(0))
+        finally:
+            await engine.close()

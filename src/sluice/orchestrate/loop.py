@@ -1,0 +1,367 @@
+"""The loop: one for every placement and every lag.
+
+    request ─► [producer: sample → log → reward] ─► buffer ─► score → credit → step ─► publish → activate
+       ▲                                                                                     │
+       └───────────────────────────── slots freed, engine serves v+1 ◄──────────────────────┘
+
+`_fill` waits for episodes and is unblocked by the producer; the producer waits for engine, verifiers and
+log. The gate decides how many groups are alive, so at lag 0 nothing is sampled while a batch trains, and
+at lag > 0 the next groups are already under way when weights change: their turns go on under the new
+version after a recompute. Inline, the trainer's step blocks the event loop: lag is an ordering there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from sluice.algos.base import Algorithm
+from sluice.checkpoint.store import CheckpointStore
+from sluice.config.run import RunConfig
+from sluice.data.buffer import Buffer, Dropped
+from sluice.data.gate import Gate
+from sluice.errors import EngineError, TrainError
+from sluice.log.records import CheckpointRecord, Disposition, DispositionRecord, GroupRecord, VersionRecord
+from sluice.obs.metrics import MetricSink
+from sluice.obs.timing import PhaseTimer
+from sluice.obs.view import View
+from sluice.orchestrate.evaluation import EvalResult, Evaluator
+from sluice.orchestrate.journal import Journal
+from sluice.orchestrate.producer import Producer
+from sluice.rollout.engines.base import Engine
+from sluice.train.base import StepStats, Trainer
+from sluice.train.packing import make_batch
+from sluice.types import Group, Outcome, Scored, TrainSample, Version
+from sluice.weights.base import Sink
+from sluice.weights.lineage import Lineage
+from sluice.weights.store import WeightStore, activate
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counters of a run that live across checkpoints."""
+
+    batch: int = 0
+    step: int = 0
+    rollout_tokens: int = 0
+    trained_tokens: int = 0
+    rollout_seconds: float = 0.0
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    mismatch_sum: float = 0.0
+    mismatch_steps: int = 0
+    before: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the loop drives. Built by `orchestrate.setup`; any placement gives the same parts."""
+
+    engine: Engine
+    sink: Sink
+    producer: Producer
+    evaluator: Evaluator | None
+    trainer: Trainer
+    algorithm: Algorithm
+    buffer: Buffer
+    gate: Gate
+    lineage: Lineage
+    store: WeightStore
+    checkpoints: CheckpointStore
+    journal: Journal
+    sinks: Sequence[MetricSink]
+    view: View
+    timer: PhaseTimer
+
+
+class Loop:
+    """Runs batches until the configured number is trained."""
+
+    def __init__(self, config: RunConfig, parts: Parts, progress: Progress) -> None:
+        self._config = config
+        self._parts = parts
+        self.progress = progress
+        self._dropped: list[Dropped] = []
+        self.evaluations: dict[int, EvalResult] = {}
+
+    async def run(self) -> None:
+        """Train `config.steps` batches, evaluating and checkpointing on the way."""
+        parts, config = self._parts, self._config
+        for request, samples in parts.buffer.unfinished():
+            parts.producer.start(request, samples)
+        while self.progress.batch < config.steps:
+            with parts.timer.phase("rollout"):
+                groups = await self._fill()
+            metrics = await self._train(groups)
+            every = config.evaluation.every
+            last = self.progress.batch == config.steps
+            if parts.evaluator and (last or (every and self.progress.batch % every == 0)):
+                metrics |= (await self.evaluate()).metrics()
+            self._emit(metrics)
+            period = config.checkpoint.every
+            if last or (period and self.progress.batch % period == 0):
+                await self.checkpoint()
+
+    async def evaluate(self) -> EvalResult:
+        """Measure the weights in use on the held-out prompts."""
+        parts = self._parts
+        assert parts.evaluator is not None  # callers ask only when there are held-out prompts
+        with parts.timer.phase("evaluate"):
+            result = await parts.evaluator(self.progress.step, self._in_use())
+        self.evaluations[self.progress.batch] = result
+        parts.view.evaluation(self.progress.batch, result.metrics())
+        return result
+
+    # ── one batch ───────────────────────────────────────────────────────────────────────────────────────
+
+    async def _fill(self) -> list[Group]:
+        """Keep the gate's number of groups alive until a batch is settled; take it."""
+        parts = self._parts
+        self._dropped = []
+        self._dispatch()
+        while not parts.buffer.ready():
+            scored = await parts.producer.next()
+            dropped = parts.buffer.add(scored)
+            if dropped:
+                await self._record_drops(dropped)
+            self._dispatch()
+        groups = parts.buffer.take()
+        self._dispatch()
+        return groups
+
+    def _dispatch(self) -> None:
+        requests = [self._parts.buffer.request() for _ in range(self._parts.buffer.want())]
+        if requests:
+            self._parts.journal.write_now(*(GroupRecord(request) for request in requests))
+        for request in requests:
+            self._parts.producer.start(request, range(request.n))
+
+    async def _record_drops(self, dropped: Sequence[Dropped]) -> None:
+        self._dropped += dropped
+        records = [
+            DispositionRecord(member.episode.id, drop.group.id, Disposition.DROPPED, reason=f"filter: {drop.reason}")
+            for drop in dropped
+            for member in drop.group.members
+        ]
+        await self._parts.journal.write(*records)
+
+    async def _train(self, groups: list[Group]) -> dict[str, float]:
+        parts, progress = self._parts, self.progress
+        self._check_infrastructure(groups)
+        judged, dispositions, gate_metrics = self._judge(groups)
+        with parts.timer.phase("score"):
+            scored = self._score(judged)
+        with parts.timer.phase("train"):
+            stats = self._update(self._credit(scored))
+        with parts.timer.phase("publish"):
+            published = parts.store.publish(parts.trainer, progress.step)
+            manifest = published.manifest
+            await parts.journal.write(
+                *(replace(record, step=progress.step) for record in dispositions),
+                VersionRecord(manifest.version, manifest.parent, manifest.checksum),
+            )
+            await activate(published, [parts.sink])
+        parts.buffer.trained()
+        progress.batch += 1
+        metrics = rollout_metrics(groups, self._dropped) | gate_metrics | train_metrics(stats)
+        metrics["version/step"], metrics["version/attempt"] = manifest.version
+        self._count(groups, stats)
+        self._check_mismatch(metrics)
+        return metrics
+
+    def _judge(self, groups: list[Group]) -> tuple[list[Group], list[DispositionRecord], dict[str, float]]:
+        """The gate's word on every episode of the batch, at the version now in use."""
+        parts = self._parts
+        judged: list[Group] = []
+        dispositions: list[DispositionRecord] = []
+        lags: list[int] = []
+        masked = 0
+        for group in groups:
+            members: list[Scored] = []
+            for member in group.members:
+                episode = member.episode
+                if not episode.outcome.counts:
+                    reason = f"{episode.outcome.value}: {episode.reason}".rstrip(": ")
+                    dispositions.append(
+                        DispositionRecord(episode.id, group.id, Disposition.EXCLUDED, reason=reason)
+                    )
+                    members.append(member)
+                    continue
+                verdict = parts.gate.judge(member.samples, parts.lineage.lag)
+                lags.append(verdict.lag)
+                masked += verdict.masked_tokens
+                members.append(replace(member, samples=verdict.samples))
+                kind = Disposition.DROPPED if verdict.dropped else Disposition.TRAINED
+                dispositions.append(
+                    DispositionRecord(
+                        episode.id, group.id, kind, reason=verdict.dropped, masked_tokens=verdict.masked_tokens
+                    )
+                )
+            judged.append(replace(group, members=tuple(members)))
+        metrics = {
+            "gate/lag_mean": float(np.mean(lags)) if lags else 0.0,
+            "gate/lag_max": float(max(lags, default=0)),
+            "gate/masked_tokens": float(masked),
+        }
+        return judged, dispositions, metrics
+
+    def _score(self, groups: list[Group]) -> list[Group]:
+        """Fill the streams that the algorithm requires."""
+        requires = self._parts.algorithm.requires
+        if not requires:
+            return groups
+        samples = [s for group in groups for member in group.valid for s in member.samples]
+        scored = {sample.key: sample for sample in self._parts.trainer.score(samples, requires)}
+        return [
+            replace(
+                group,
+                members=tuple(
+                    replace(m, samples=tuple(scored.get(s.key, s) for s in m.samples)) for m in group.members
+                ),
+            )
+            for group in groups
+        ]
+
+    def _credit(self, groups: list[Group]) -> list[list[TrainSample]]:
+        """Samples with advantages, one list per optimizer update."""
+        algorithm = self._parts.algorithm
+        advantages = algorithm.credit(groups)
+        size = len(groups) // algorithm.updates_per_batch
+        return [
+            [
+                sample.with_streams(advantage=advantages[sample.key])
+                for group in groups[start : start + size]
+                for member in group.valid
+                for sample in member.samples
+            ]
+            for start in range(0, len(groups), size)
+        ]
+
+    def _update(self, updates: list[list[TrainSample]]) -> list[StepStats]:
+        parts, algorithm = self._parts, self._parts.algorithm
+        stats: list[StepStats] = []
+        for samples in updates:
+            batch = make_batch(
+                [sample for sample in samples if sample.num_trained_tokens],
+                budget=self._config.train.micro_batch_tokens,
+                normaliser=algorithm.normaliser,
+                constant=algorithm.constant,
+            )
+            stats.append(parts.trainer.step(batch, algorithm.loss))
+            self.progress.step += 1
+        return stats
+
+    # ── limits, metrics, checkpoint ─────────────────────────────────────────────────────────────────────
+
+    def _in_use(self) -> Version:
+        version = self._parts.lineage.current
+        assert version is not None  # activated before the loop starts
+        return version
+
+    def _check_infrastructure(self, groups: list[Group]) -> None:
+        members = [member.episode for group in groups for member in group.members]
+        failed = [episode for episode in members if episode.outcome is Outcome.INFRA_FAILURE]
+        if members and len(failed) / len(members) > self._config.limits.max_infra_failures:
+            raise EngineError(
+                f"{len(failed)} of {len(members)} episodes of this batch are infra failures, the first because: "
+                f"{failed[0].reason}",
+                hint="mend that and `--resume`; limits.max_infra_failures sets how many are tolerated",
+            )
+
+    def _check_mismatch(self, metrics: Mapping[str, float]) -> None:
+        mismatch, limit = metrics.get("mismatch/mean_abs", 0.0), self._config.limits.max_mismatch
+        if metrics["gate/lag_max"] == 0 and mismatch > limit:
+            raise TrainError(
+                f"engine and trainer disagree by {mismatch:.3g} nats a token on average, although both are at "
+                f"the same version; the limit is {limit:g}",
+                hint="the engine may serve other weights, another precision or another temperature than the "
+                "trainer assumes; limits.max_mismatch sets the ceiling",
+            )
+
+    def _count(self, groups: list[Group], stats: list[StepStats]) -> None:
+        progress, timer = self.progress, self._parts.timer
+        progress.rollout_tokens += sum(m.episode.num_sampled_tokens for g in groups for m in g.members)
+        progress.rollout_tokens += sum(
+            m.episode.num_sampled_tokens for drop in self._dropped for m in drop.group.members
+        )
+        progress.trained_tokens += sum(stat.num_tokens for stat in stats)
+        progress.rollout_seconds = timer.seconds("rollout")
+        progress.train_seconds = timer.seconds("train") + timer.seconds("score")
+        if stats and stats[0].mismatch is not None:
+            progress.mismatch_sum += stats[0].mismatch.mean_abs
+            progress.mismatch_steps += 1
+
+    def _emit(self, metrics: dict[str, float]) -> None:
+        parts, progress = self._parts, self.progress
+        seconds = max(progress.rollout_seconds, 1e-9), max(progress.train_seconds, 1e-9)
+        metrics["speed/rollout_tokens_per_second"] = progress.rollout_tokens / seconds[0]
+        metrics["speed/train_tokens_per_second"] = progress.trained_tokens / seconds[1]
+        metrics |= {f"time/{name}": value for name, value in parts.timer.lap().items()}
+        for sink in parts.sinks:
+            sink.write(progress.batch, metrics)
+        parts.view.step(progress.batch, metrics)
+
+    async def checkpoint(self) -> None:
+        """Write everything that a resumed run needs."""
+        parts, progress = self._parts, self.progress
+        with parts.timer.phase("checkpoint"):
+            await parts.journal.write(CheckpointRecord(progress.step, self._in_use()))
+            progress.wall_seconds = parts.timer.wall_seconds
+            state = {
+                "progress": {name: getattr(progress, name) for name in Progress.__slots__},
+                "version": str(self._in_use()),
+                "lineage": parts.lineage.state_dict(),
+                "buffer": parts.buffer.state_dict(),
+                "timer": parts.timer.state_dict(),
+            }
+            parts.checkpoints.save(
+                progress.batch,
+                state,
+                {"model": parts.trainer.save_model, "trainer": parts.trainer.save_state},
+            )
+
+
+def rollout_metrics(groups: Sequence[Group], dropped: Sequence[Dropped]) -> dict[str, float]:
+    """Rewards, lengths, outcomes and drops of one batch."""
+    members = [member for group in groups for member in group.members]
+    valid = [member for member in members if member.reward is not None]
+    totals = [member.reward.total for member in valid if member.reward is not None]
+    seen = totals + [float(r) for drop in dropped for r in drop.group.rewards]
+    metrics = {
+        "reward/mean": float(np.mean(totals)) if totals else 0.0,
+        "reward/std": float(np.std(totals)) if totals else 0.0,
+        "reward/mean_with_dropped": float(np.mean(seen)) if seen else 0.0,
+        "rollout/response_tokens": float(np.mean([m.episode.num_sampled_tokens for m in valid])) if valid else 0.0,
+        "rollout/groups_dropped": float(len(dropped)),
+        "rollout/episodes": float(len(members)),
+    }
+    names = sorted({name for m in valid if m.reward is not None for name in m.reward.components})
+    for name in names:
+        values = [m.reward.components[name] for m in valid if m.reward is not None and name in m.reward.components]
+        metrics[f"reward/component/{name}"] = float(np.mean(values))
+    for outcome in Outcome:
+        metrics[f"rollout/{outcome.value}"] = float(sum(m.episode.outcome is outcome for m in members))
+    return metrics
+
+
+def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
+    """Means over the updates of one batch; the mismatch is that of the first, before any update."""
+    metrics = {
+        "train/loss": float(np.mean([stat.loss for stat in stats])),
+        "train/grad_norm": float(np.mean([stat.grad_norm for stat in stats])),
+        "train/entropy": float(np.mean([stat.entropy for stat in stats])),
+        "train/lr": stats[-1].lr,
+        "train/tokens": float(sum(stat.num_tokens for stat in stats)),
+    }
+    for name in stats[0].metrics:
+        metrics[f"train/{name}"] = float(np.mean([stat.metrics[name] for stat in stats if name in stat.metrics]))
+    mismatch = stats[0].mismatch
+    if mismatch is not None:
+        metrics["mismatch/mean_abs"] = mismatch.mean_abs
+        metrics["mismatch/p999"] = mismatch.p999
+        metrics["mismatch/max_abs"] = mismatch.max_abs
+        metrics["mismatch/kl"] = mismatch.kl
+    return metrics

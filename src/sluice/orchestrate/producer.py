@@ -1,0 +1,134 @@
+"""Episodes: sampled, logged, rewarded, in that order, and handed to the loop as they finish."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from sluice.errors import EngineError
+from sluice.log.records import DispositionRecord, Disposition, EpisodeRecord, FaultRecord, RewardRecord
+from sluice.orchestrate.journal import Journal
+from sluice.rewards.base import VerifierFailure
+from sluice.rewards.rubric import Rubric
+from sluice.rollout.render import Renderer
+from sluice.rollout.runner import Runner
+from sluice.types import Episode, GroupRequest, Outcome, Reward, Scored, Version, expand
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A finished episode found in the log of an earlier, interrupted run, and its reward if it had one."""
+
+    episode: Episode
+    reward: Reward | None
+
+
+class Producer:
+    """Runs episodes as asyncio tasks.
+
+    Waits for: engine, verifiers, log. Unblocked by: the loop calling `next`. The first failure of any
+    episode is raised by `next`; an episode never dies quietly.
+
+    Args:
+        runner: executes one episode.
+        rubric: its reward.
+        renderer: turns sampled ids into the text that is judged.
+        journal: the log.
+        recovered: episodes of an interrupted run by id; used instead of generating them again.
+        may_use: whether a recovered episode's version still belongs to the run; see `Lineage.in_line`.
+        stall_seconds: deadline of `next`.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        rubric: Rubric,
+        renderer: Renderer,
+        journal: Journal,
+        *,
+        recovered: Mapping[str, Recovered],
+        may_use: Callable[[Version], bool],
+        stall_seconds: float,
+    ) -> None:
+        self._runner, self._rubric, self._renderer, self._journal = runner, rubric, renderer, journal
+        self._recovered = dict(recovered)
+        self._may_use = may_use
+        self._stall_seconds = stall_seconds
+        self._tasks: set[asyncio.Task[Scored]] = set()
+        self._finished: asyncio.Queue[asyncio.Task[Scored]] = asyncio.Queue()
+
+    @property
+    def running(self) -> int:
+        """Episodes under way."""
+        return len(self._tasks)
+
+    def start(self, request: GroupRequest, samples: Iterable[int]) -> None:
+        """Begin episodes of a group."""
+        for sample in samples:
+            task = asyncio.create_task(self._episode(request, sample), name=request.episode_id(sample))
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Scored]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            self._finished.put_nowait(task)
+
+    async def next(self) -> Scored:
+        """The next finished episode.
+
+        Raises:
+            EngineError: nothing finished within the deadline. Any failure of an episode is raised as it is.
+        """
+        try:
+            task = await asyncio.wait_for(self._finished.get(), self._stall_seconds)
+        except TimeoutError as error:
+            raise EngineError(
+                f"no episode has finished for {self._stall_seconds:.0f} s; {self.running} are under way",
+                hint="look at the engine's log; limits.stall_seconds sets this deadline",
+            ) from error
+        return task.result()
+
+    async def _episode(self, request: GroupRequest, sample: int) -> Scored:
+        found = await self._recover(request, sample)
+        if found is None:
+            episode, reward = await self._runner.run(request, sample), None
+            await self._journal.write(EpisodeRecord(episode))
+        else:
+            episode, reward = found.episode, found.reward
+        if episode.outcome.counts and reward is None:
+            episode, reward = await self.judge(episode)
+        return Scored(episode, reward, expand(episode) if episode.outcome.counts else ())
+
+    async def _recover(self, request: GroupRequest, sample: int) -> Recovered | None:
+        found = self._recovered.pop(request.episode_id(sample), None)
+        if found is None:
+            return None
+        versions = {span.version for turn in found.episode.sampled_turns() for span in turn.spans}
+        abandoned = sorted(version for version in versions if not self._may_use(version))
+        if found.episode.prompt.id == request.prompt.id and not abandoned:
+            return found
+        reason = f"abandoned version {abandoned[0]}" if abandoned else "another prompt has this place now"
+        await self._journal.write(
+            DispositionRecord(found.episode.id, found.episode.group_id, Disposition.DROPPED, reason=reason)
+        )
+        return None
+
+    async def judge(self, episode: Episode) -> tuple[Episode, Reward | None]:
+        """Reward an episode and log it. A verifier that fails makes it an infra failure, never a 0."""
+        text = "".join(self._renderer.text(turn.ids) for turn in list(episode.sampled_turns())[-1:])
+        try:
+            reward = await self._rubric.reward(episode.prompt, text, episode_id=episode.id)
+        except VerifierFailure as failure:
+            await self._journal.write(FaultRecord("verifier", episode.id, str(failure)))
+            return replace(episode, outcome=Outcome.INFRA_FAILURE, reason=str(failure)), None
+        await self._journal.write(RewardRecord(episode.id, reward))
+        return episode, reward
+
+    async def close(self) -> None:
+        """Cancel what is under way and wait for it to end."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

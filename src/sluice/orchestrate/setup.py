@@ -1,0 +1,133 @@
+"""From a run's configuration to the parts that the loop drives, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sluice.config.data import Curriculum, DataConfig, GroupSampling, PythonStrategy
+from sluice.config.run import RunConfig
+from sluice.data.sources import load_prompts, split
+from sluice.data.strategy import CurriculumStrategy, GroupStrategy, Strategy
+from sluice.errors import CapabilityError, DataError
+from sluice.models.build import load_model, load_tokenizer, make_scratch
+from sluice.plugins import check_protocol, load_object
+from sluice.rollout.engines.base import Capabilities, Engine
+from sluice.rollout.engines.embedded import EmbeddedEngine
+from sluice.rollout.engines.sglang import SGLangEngine
+from sluice.rollout.runner import SingleTurn
+from sluice.types import Prompt
+from sluice.weights.base import Sink
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Prompts of a run: the training source, the further curriculum levels, the held-out ones."""
+
+    train: list[Prompt]
+    levels: list[list[Prompt]]
+    held_out: list[Prompt]
+
+    @property
+    def tasks(self) -> set[str]:
+        return {prompt.task for prompts in (self.train, self.held_out, *self.levels) for prompt in prompts}
+
+
+def load_data(config: DataConfig, *, seed: int) -> Data:
+    """Read every source. Held-out prompts are split off the training source when they have none of their own."""
+    prompts = load_prompts(config.train)
+    if config.eval is None:
+        train, held_out = split(prompts, config.eval_prompts, seed)
+    else:
+        train, held_out = prompts, load_prompts(config.eval)
+    levels: list[list[Prompt]] = []
+    if isinstance(config.strategy, Curriculum):
+        texts = {prompt.messages for prompt in held_out}
+        for source in config.strategy.levels:
+            levels.append([prompt for prompt in load_prompts(source) if prompt.messages not in texts])
+    return Data(train, levels, held_out)
+
+
+def make_strategy(config: DataConfig, data: Data, *, seed: int) -> Strategy:
+    """The strategy that `config` names. Raises ConfigError when a class of the user's own does not fit."""
+    match config.strategy:
+        case GroupSampling(samples=samples):
+            return GroupStrategy(data.train, samples=samples, seed=seed, shuffle=config.shuffle)
+        case Curriculum() as chosen:
+            return CurriculumStrategy(
+                [data.train, *data.levels],
+                samples=chosen.samples,
+                seed=seed,
+                threshold=chosen.threshold,
+                window=chosen.window,
+                review=chosen.review,
+                shuffle=config.shuffle,
+            )
+        case PythonStrategy(path=path, samples=samples, params=params):
+            built = load_object(path, expects="a strategy class")(
+                data.train, samples=samples, seed=seed, **params
+            )
+            check_protocol(built, Strategy, path)
+            return built
+
+
+def initial_model(config: RunConfig, folder: Path) -> Path:
+    """The model a run starts from: the configured folder, or one made from scratch inside the run folder."""
+    if config.model.path is not None:
+        return config.model.path
+    assert config.model.scratch is not None  # held by ModelConfig
+    made = folder / "model-init"
+    if not (made / "model.safetensors").exists():
+        make_scratch(config.model.scratch, made, seed=config.seed)
+    return made
+
+
+def make_engine(
+    config: RunConfig, model_folder: Path, tokenizer: PreTrainedTokenizerBase, *, device: str
+) -> tuple[Engine, Sink]:
+    """The engine that `rollout.engine` names; it is also the sink of weight updates."""
+    if config.rollout.engine == "embedded":
+        embedded = config.rollout.embedded
+        model = load_model(model_folder, dtype=embedded.dtype, attn_implementation="sdpa")
+        engine = EmbeddedEngine(model, tokenizer, embedded, device=device)
+    else:
+        engine = SGLangEngine(config.rollout.engine, config.rollout.sglang)
+    return engine, engine
+
+
+def check_capabilities(config: RunConfig, capabilities: Capabilities) -> int:
+    """Refuse an engine that cannot do what the run needs. Returns the context length in tokens.
+
+    Raises:
+        CapabilityError: no log-probs, or a context shorter than asked for.
+    """
+    if not capabilities.logprobs:
+        raise CapabilityError(
+            f"{capabilities.name} ({capabilities.engine_version}) returns no log-probs",
+            hint="behaviour log-probs must come from the engine; use SGLang, or rollout.engine=embedded",
+        )
+    wanted = config.rollout.context_length
+    if wanted is not None and wanted > capabilities.context_length:
+        raise CapabilityError(
+            f"rollout.context_length = {wanted}, but {capabilities.name} holds {capabilities.context_length} tokens",
+            hint=f"set rollout.context_length to at most {capabilities.context_length}, or raise the engine's limit",
+        )
+    return wanted or capabilities.context_length
+
+
+def check_prompts(runner: SingleTurn, data: Data, max_new_tokens: int) -> None:
+    """Render every prompt once, so that one that does not fit is told before anything is trained."""
+    for prompts in (data.train, data.held_out, *data.levels):
+        for prompt in prompts:
+            runner.admit(prompt, max_new_tokens)
+
+
+def require(prompts: Sequence[Prompt], what: str) -> None:
+    """Raise DataError when there are none."""
+    if not prompts:
+        raise DataError(f"there are no {what}", hint="set data.eval, or data.eval_prompts above 0")
