@@ -7,7 +7,14 @@ from sluice.algos.dr_grpo import DrGRPO
 from sluice.algos.grpo import GRPO
 from sluice.algos.reinforce_pp import ReinforcePP
 from sluice.algos.rloo import RLOO
-from sluice.config.algos import AlgorithmConfig, DrGRPOConfig, GRPOConfig, PythonAlgorithm, ReinforcePPConfig, RLOOConfig
+from sluice.config.algos import (
+    AlgorithmConfig,
+    DrGRPOConfig,
+    GRPOConfig,
+    PythonAlgorithm,
+    ReinforcePPConfig,
+    RLOOConfig,
+)
 from sluice.plugins import check_protocol, load_object
 
 __all__ = ["Algorithm", "make_algorithm"]

@@ -19,8 +19,7 @@ class DrGRPO(PolicyGradient):
         super().__init__(config)
         constant = config.constant or max_new_tokens
         if constant is None:
-            raise ConfigError("Dr. GRPO divides by a constant length, and none is known",
-                              hint="set algorithm.constant")
+            raise ConfigError("Dr. GRPO divides by a constant length, and none is known", hint="set algorithm.constant")
         self._constant = float(constant)
         self._normaliser = config.normaliser
 

@@ -43,6 +43,4 @@ class ReinforcePP(PolicyGradient):
         if len(values) == 0 or np.all(values == values[0]):
             return {key: np.zeros_like(tokens) for key, tokens in raw.items()}
         mean, std = values.mean(), values.std()
-        return {
-            key: np.where(masks[key], (tokens - mean) / (std + self._eps), 0.0) for key, tokens in raw.items()
-        }
+        return {key: np.where(masks[key], (tokens - mean) / (std + self._eps), 0.0) for key, tokens in raw.items()}

@@ -8,7 +8,7 @@ the command line always calls it without arguments.
 
 **Paths.** A relative path in a recipe (`model.path`, a source's file, the file of a `file.py:name`) means the
 recipe's own folder when it exists there, and becomes absolute; otherwise it is left as it stands, relative
-to the working directory. A path in an override is relative to the working directory; so is `runs_dir`, always.
+to the working directory. A path in an override is relative to the working directory; so is `runs_dir`.
 Inside the free-form tables (`params`, `architecture`, `chat_template_kwargs`) nothing is touched.
 
 **Defaults.** A table changes the default that stands in its place, it does not reset it: `[data.strategy]`
@@ -54,7 +54,7 @@ def load_recipe(
 
     Args:
         ref: a `.toml` or `.json` file, or `file.py[:function]`.
-        overrides: `KEY=VALUE`, in order; a value is TOML, or text as it stands; `none` unsets an optional key.
+        overrides: `KEY=VALUE`, in order; a value is TOML or plain text; `none` unsets an optional key.
         flags: values of command-line flags, `{"seed": ("--seed", 3)}`, applied after the overrides.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from pydantic import ValidationError
@@ -115,9 +115,13 @@ def _unknown_key(spot: Spot, places: Places) -> str:
 
 def _same_name_elsewhere(key: Key) -> str | None:
     """The key of this name that stands nearest in the configuration: `train.lr` → `train.optimizer.lr`."""
+
+    def distance(other: Key) -> tuple[int, int]:
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(key, other, strict=False)))
+        return -shared, len(other)
+
     known = [other for other in known_keys() if other[-1] == key[-1]]
-    known.sort(key=lambda other: (-len(commonprefix([key, other])), len(other)))
-    return dotted(known[0]) if known else None
+    return dotted(min(known, key=distance)) if known else None
 
 
 def _wrong_value(details: ErrorDetails, spot: Spot, context: Mapping[str, Any]) -> str:
@@ -132,6 +136,7 @@ def _wrong_value(details: ErrorDetails, spot: Spot, context: Mapping[str, Any]) 
         return f"must be 'file.py:name' or 'package.module:name', not {_shown(given)}"
     message = re.sub(r"^(Input|String|Tuple|Value|List|Dictionary) should", "must", details["msg"])
     message = re.sub("must be a valid dictionary or .*", "must be a table", message)
+    message = re.sub(", unable to parse string as an? [a-z]+$", "", message)
     message = re.sub(" after validation, not [0-9]+$", "", message)
     return f"{message[0].lower()}{message[1:]}, not {_shown(given)}"
 

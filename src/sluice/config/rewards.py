@@ -83,5 +83,6 @@ class RandomReward(RewardBase):
 
 
 RewardConfig = Annotated[
-    ReasoningGymReward | ExactReward | NumericReward | PythonReward | RandomReward, Field(discriminator="type")
+    ReasoningGymReward | ExactReward | NumericReward | PythonReward | RandomReward,
+    Field(discriminator="type"),
 ]

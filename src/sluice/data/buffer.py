@@ -23,7 +23,7 @@ from sluice.data.filters import GroupFilter
 from sluice.data.gate import Gate
 from sluice.data.strategy import Strategy
 from sluice.errors import DataError
-from sluice.types import Group, GroupRequest, Message, Prompt, SamplingParams, Scored
+from sluice.types import Group, GroupRequest, SamplingParams, Scored
 
 
 class State(StrEnum):
@@ -130,10 +130,9 @@ class Buffer:
             dropped.append(Dropped(group, reason))
             self._dropped_in_a_row += 1
         limit = self._gate.config.refill_limit * self._gate.groups_per_step
-        if self._dropped_in_a_row > limit:
+        if dropped and self._dropped_in_a_row > limit:
             raise DataError(
-                f"filters dropped {self._dropped_in_a_row} groups in a row, the last because "
-                f"{dropped[-1].reason}" if dropped else "filters dropped too many groups in a row",
+                f"filters dropped {self._dropped_in_a_row} groups in a row, the last because {dropped[-1].reason}",
                 hint="the task may be too easy or too hard for dynamic sampling: look at `sluice episodes RUN`, "
                 "change the task or data.filters, or raise data.gate.refill_limit",
             )
@@ -182,7 +181,7 @@ class Buffer:
     # ── checkpoint ──────────────────────────────────────────────────────────────────────────────────────
 
     def state_dict(self) -> dict[str, Any]:
-        """Requests, their states and which episodes are in, by id: the episodes themselves are in the log."""
+        """Which groups are alive and which of their episodes are in, by id: both are in the log themselves."""
         return {
             "next_ordinal": self._next_ordinal,
             "completed": self._completed,
@@ -190,7 +189,8 @@ class Buffer:
             "strategy": self._strategy.state_dict(),
             "slots": [
                 {
-                    "request": _request_to_json(slot.request),
+                    "group": slot.request.id,
+                    "ordinal": slot.request.ordinal,
                     "state": slot.state.value,
                     "finished": list(slot.finished),
                     "completed_at": slot.completed_at,
@@ -199,11 +199,21 @@ class Buffer:
             ],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], episodes: Mapping[str, Scored]) -> None:
-        """Restore; `episodes` are the finished ones of the groups alive, read from the log by id.
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        requests: Mapping[str, GroupRequest],
+        episodes: Mapping[str, Scored],
+    ) -> None:
+        """Restore from a checkpoint and the log.
+
+        Args:
+            state: what `state_dict` returned.
+            requests: the groups alive, by id.
+            episodes: their finished episodes, by id.
 
         Raises:
-            DataError: an episode that the checkpoint counts as finished is not in the log.
+            DataError: the log lacks a group or an episode that the checkpoint counts on.
         """
         self._next_ordinal = int(state["next_ordinal"])
         self._completed = int(state["completed"])
@@ -212,57 +222,15 @@ class Buffer:
         self._slots = {}
         for saved in state["slots"]:
             lost = [id for id in saved["finished"] if id not in episodes]
-            if lost:
+            if lost or saved["group"] not in requests:
+                what = f"episode {lost[0]} as finished" if lost else f"group {saved['group']} as dispatched"
                 raise DataError(
-                    f"the checkpoint counts episode {lost[0]} as finished, but the log does not have it",
-                    hint="the log/ folder of the run is incomplete: restore it, or resume from an older checkpoint",
+                    f"the checkpoint counts {what}, but the log does not have it",
+                    hint="the run's log/ folder is incomplete: restore it, or resume from an older checkpoint",
                 )
-            slot = _Slot(
-                _request_from_json(saved["request"]),
+            self._slots[saved["group"]] = _Slot(
+                requests[saved["group"]],
                 State(saved["state"]),
                 {id: episodes[id] for id in saved["finished"]},
                 int(saved["completed_at"]),
             )
-            self._slots[slot.request.id] = slot
-
-
-def _request_to_json(request: GroupRequest) -> dict[str, Any]:
-    prompt, sampling = request.prompt, request.sampling
-    return {
-        "ordinal": request.ordinal,
-        "n": request.n,
-        "prompt": {
-            "id": prompt.id,
-            "task": prompt.task,
-            "messages": [list(message) for message in prompt.messages],
-            "answer": prompt.answer,
-            "metadata": dict(prompt.metadata),
-        },
-        "sampling": {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "max_new_tokens": sampling.max_new_tokens,
-            "stop": list(sampling.stop),
-            "stop_token_ids": list(sampling.stop_token_ids),
-        },
-    }
-
-
-def _request_from_json(state: Mapping[str, Any]) -> GroupRequest:
-    prompt, sampling = state["prompt"], dict(state["sampling"])
-    return GroupRequest(
-        int(state["ordinal"]),
-        Prompt(
-            prompt["id"],
-            prompt["task"],
-            tuple(Message(*message) for message in prompt["messages"]),
-            prompt["answer"],
-            prompt["metadata"],
-        ),
-        int(state["n"]),
-        SamplingParams(
-            **{**sampling, "stop": tuple(sampling["stop"]), "stop_token_ids": tuple(sampling["stop_token_ids"])}
-        ),
-    )

@@ -65,7 +65,7 @@ class Cursor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["prompts"] != len(self._prompts):
             raise DataError(
-                f"the checkpoint's cursor runs over {state['prompts']} prompts, the source now has {len(self._prompts)}",
+                f"the checkpoint's cursor runs over {state['prompts']} prompts, the source has {len(self._prompts)}",
                 hint="resume with the data the run was started with, or start a new run",
             )
         self._pass, self._at = int(state["pass"]), int(state["at"])

@@ -24,9 +24,7 @@ from sluice.rollout.runner import SingleTurn, noise_key
 from sluice.types import Message, Prompt
 
 
-def train(
-    config: RunConfig, *, resume: bool = False, overwrite: bool = False, view: View | None = None
-) -> Summary:
+def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, view: View | None = None) -> Summary:
     """Run the whole ring until `config.steps` batches are trained.
 
     Args:

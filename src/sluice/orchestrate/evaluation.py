@@ -110,9 +110,7 @@ class Evaluator:
         await self._journal.write(EvalRecord(step, version, result.metrics(), tuple(e.id for e, _ in sampled)))
         return result
 
-    async def _measure(
-        self, group: str, sampling: SamplingParams, samples: int
-    ) -> list[tuple[Episode, float | None]]:
+    async def _measure(self, group: str, sampling: SamplingParams, samples: int) -> list[tuple[Episode, float | None]]:
         jobs = [
             self._one(f"{group}.{prompt.id}.{sample}", group, prompt, sampling, sample)
             for prompt in self._prompts

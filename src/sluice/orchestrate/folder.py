@@ -1,14 +1,14 @@
 """The run folder: what a person can read with `ls` and `jq`, and what a resumed run may change.
 
-    runs/NAME/
-        config.json         the resolved configuration
-        metrics.jsonl       one row a batch
-        summary.json        written at the end
-        log/                the durable episode log (`sluice episodes runs/NAME`)
-        checkpoints/        atomic, newest last
-        tensorboard/        event files
-        model-init/         the model before anything was trained, when made from scratch
-        model-sft/          after the warm start, when there is one
+runs/NAME/
+    config.json         the resolved configuration
+    metrics.jsonl       one row a batch
+    summary.json        written at the end
+    log/                the durable episode log (`sluice episodes runs/NAME`)
+    checkpoints/        atomic, newest last
+    tensorboard/        event files
+    model-init/         the model before anything was trained, when made from scratch
+    model-sft/          after the warm start, when there is one
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from sluice.config.run import RunConfig
 from sluice.errors import ConfigError
@@ -60,8 +62,10 @@ def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path:
         torn.write_text(config.model_dump_json(indent=2) + "\n")
         torn.replace(saved)
     except OSError as error:
-        raise ConfigError(f"the run folder {folder} cannot be written: {error}",
-                          hint="set runs_dir to a writable place with free space") from error
+        raise ConfigError(
+            f"the run folder {folder} cannot be written: {error}",
+            hint="set runs_dir to a writable place with free space",
+        ) from error
     return folder
 
 
@@ -80,6 +84,11 @@ def _check_unchanged(config: RunConfig, saved: Path) -> None:
             f"{saved.parent} was started with another configuration:\n    " + "\n    ".join(rows),
             hint="resume with the original values, or start a new run under another name",
         )
+
+
+def digest(config: RunConfig) -> str:
+    """xxh3-128 of the resolved configuration, hex: names it in the log."""
+    return xxhash.xxh3_128_hexdigest(config.model_dump_json().encode())
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -20,12 +20,13 @@ from sluice.models.build import load_tokenizer
 from sluice.obs.metrics import JsonlSink, MetricSink, TensorBoardSink
 from sluice.obs.summary import Summary
 from sluice.obs.timing import PhaseTimer
-from sluice.obs.view import NullView, View
+from sluice.obs.view import View
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
+from sluice.orchestrate.folder import digest
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.loop import Loop, Parts, Progress
 from sluice.orchestrate.producer import Producer, Recovered
-from sluice.orchestrate.recovery import alive_episodes, first_alive, logged_episodes, logged_versions
+from sluice.orchestrate.recovery import alive_episodes, alive_requests, first_alive, logged_episodes, logged_versions
 from sluice.orchestrate.setup import (
     Data,
     check_capabilities,
@@ -38,7 +39,6 @@ from sluice.orchestrate.setup import (
 )
 from sluice.orchestrate.warm_start import fine_tune
 from sluice.rewards.rubric import Rubric
-from sluice.rollout.engines.base import Engine
 from sluice.rollout.render import Renderer
 from sluice.rollout.runner import SingleTurn
 from sluice.train.backends.torch import TorchTrainer
@@ -64,14 +64,18 @@ class InlineRun:
         checkpoints = CheckpointStore(folder / "checkpoints", keep=config.checkpoint.keep)
         async with AsyncExitStack() as stack:
             writer = stack.enter_context(
-                LogWriter(folder / "log", rotate_bytes=config.log.rotate_bytes, power_safe=config.log.power_safe)
+                LogWriter(
+                    folder / "log",
+                    rotate_bytes=config.log.rotate_bytes,
+                    durability="power" if config.log.power_safe else "process",
+                )
             )
             journal = Journal(writer)
             checkpoint = checkpoints.latest() if self._resume else None
             data = load_data(config.data, seed=config.seed)
             rubric = Rubric(config.rewards)
             rubric.check(data.tasks)
-            journal.write_now(RunRecord(config.name, config.seed, sluice.__version__))
+            journal.write_now(RunRecord(digest(config), config.seed, sluice.__version__))
             self._view.start(config.name, config.steps, str(folder))
             stack.callback(self._view.close)
 
@@ -84,9 +88,7 @@ class InlineRun:
             runner = SingleTurn(engine, renderer, seed=config.seed, context_length=context_length)
             check_prompts(runner, data, config.rollout.sampling.max_new_tokens)
 
-            algorithm = make_algorithm(
-                config.algorithm, max_new_tokens=config.rollout.sampling.max_new_tokens
-            )
+            algorithm = make_algorithm(config.algorithm, max_new_tokens=config.rollout.sampling.max_new_tokens)
             trainer = TorchTrainer(
                 config.train,
                 start,
@@ -171,20 +173,21 @@ class InlineRun:
             return Progress(), {}
         log = self._folder / "log"
         if checkpoint is None:  # killed before the first checkpoint: begin again, keep finished episodes
-            journal.write_now(ResumeRecord(0))
+            journal.write_now(ResumeRecord(0, 0))
             return Progress(), logged_episodes(log, 0)
         state = checkpoint.state()
         progress = Progress(**state["progress"])
         lineage.load_state_dict(state["lineage"])
         lineage.rewind(Version.parse(state["version"]))
         recovered = logged_episodes(log, first_alive(state["buffer"]))
-        buffer.load_state_dict(state["buffer"], alive_episodes(state["buffer"], recovered))
-        trainer.load_state(checkpoint.trainer)
+        alive = state["buffer"]
+        buffer.load_state_dict(alive, alive_requests(log, alive), alive_episodes(alive, recovered))
+        trainer.load_state(checkpoint.model, checkpoint.trainer)
         self._timer.load_state_dict(state["timer"])
-        journal.write_now(ResumeRecord(progress.step))
+        journal.write_now(ResumeRecord(progress.step, int(state["cursor"])))
         return progress, recovered
 
-    def _may_use(self, lineage: Lineage, gate: Gate):  # noqa: ANN202
+    def _may_use(self, lineage: Lineage, gate: Gate):
         """Where the gate waits, an episode of an abandoned version is sampled again; else the gate judges it."""
         from sluice.config.data import OnStale
 
@@ -202,9 +205,7 @@ class InlineRun:
             stack.callback(sink.close)
         return sinks
 
-    def _evaluator(
-        self, runner: SingleTurn, renderer: Renderer, journal: Journal, data: Data
-    ) -> Evaluator | None:
+    def _evaluator(self, runner: SingleTurn, renderer: Renderer, journal: Journal, data: Data) -> Evaluator | None:
         return make_evaluator(self._config, runner, renderer, journal, data) if data.held_out else None
 
     def _summary(self, loop: Loop, before: EvalResult | None, after: EvalResult | None) -> Summary:

@@ -28,6 +28,10 @@ class Journal:
         """Append records at once and return the log's cursor behind them."""
         return self._writer.append_many(records)[-1]
 
+    def sync(self) -> int:
+        """Force everything appended so far to disk; the cursor behind it."""
+        return self._writer.sync()
+
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
         try:

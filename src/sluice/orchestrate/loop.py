@@ -22,7 +22,7 @@ from sluice.algos.base import Algorithm
 from sluice.checkpoint.store import CheckpointStore
 from sluice.config.run import RunConfig
 from sluice.data.buffer import Buffer, Dropped
-from sluice.data.gate import Gate
+from sluice.data.gate import Gate, Judgement
 from sluice.errors import EngineError, TrainError
 from sluice.log.records import CheckpointRecord, Disposition, DispositionRecord, GroupRecord, VersionRecord
 from sluice.obs.metrics import MetricSink
@@ -151,7 +151,8 @@ class Loop:
     async def _train(self, groups: list[Group]) -> dict[str, float]:
         parts, progress = self._parts, self.progress
         self._check_infrastructure(groups)
-        judged, dispositions, gate_metrics = self._judge(groups)
+        step = progress.step + parts.algorithm.updates_per_batch
+        judged, dispositions, gate_metrics = self._judge(groups, step)
         with parts.timer.phase("score"):
             scored = self._score(judged)
         with parts.timer.phase("train"):
@@ -160,7 +161,7 @@ class Loop:
             published = parts.store.publish(parts.trainer, progress.step)
             manifest = published.manifest
             await parts.journal.write(
-                *(replace(record, step=progress.step) for record in dispositions),
+                *dispositions,
                 VersionRecord(manifest.version, manifest.parent, manifest.checksum),
             )
             await activate(published, [parts.sink])
@@ -172,8 +173,8 @@ class Loop:
         self._check_mismatch(metrics)
         return metrics
 
-    def _judge(self, groups: list[Group]) -> tuple[list[Group], list[DispositionRecord], dict[str, float]]:
-        """The gate's word on every episode of the batch, at the version now in use."""
+    def _judge(self, groups: list[Group], step: int) -> tuple[list[Group], list[DispositionRecord], dict[str, float]]:
+        """The gate's word on every episode of the batch that `step` trains, at the version now in use."""
         parts = self._parts
         judged: list[Group] = []
         dispositions: list[DispositionRecord] = []
@@ -185,21 +186,14 @@ class Loop:
                 episode = member.episode
                 if not episode.outcome.counts:
                     reason = f"{episode.outcome.value}: {episode.reason}".rstrip(": ")
-                    dispositions.append(
-                        DispositionRecord(episode.id, group.id, Disposition.EXCLUDED, reason=reason)
-                    )
+                    dispositions.append(DispositionRecord(episode.id, group.id, Disposition.EXCLUDED, step, reason))
                     members.append(member)
                     continue
                 verdict = parts.gate.judge(member.samples, parts.lineage.lag)
                 lags.append(verdict.lag)
                 masked += verdict.masked_tokens
                 members.append(replace(member, samples=verdict.samples))
-                kind = Disposition.DROPPED if verdict.dropped else Disposition.TRAINED
-                dispositions.append(
-                    DispositionRecord(
-                        episode.id, group.id, kind, reason=verdict.dropped, masked_tokens=verdict.masked_tokens
-                    )
-                )
+                dispositions.append(disposition(member, verdict, step))
             judged.append(replace(group, members=tuple(members)))
         metrics = {
             "gate/lag_mean": float(np.mean(lags)) if lags else 0.0,
@@ -308,7 +302,6 @@ class Loop:
         """Write everything that a resumed run needs."""
         parts, progress = self._parts, self.progress
         with parts.timer.phase("checkpoint"):
-            await parts.journal.write(CheckpointRecord(progress.step, self._in_use()))
             progress.wall_seconds = parts.timer.wall_seconds
             state = {
                 "progress": {name: getattr(progress, name) for name in Progress.__slots__},
@@ -316,12 +309,24 @@ class Loop:
                 "lineage": parts.lineage.state_dict(),
                 "buffer": parts.buffer.state_dict(),
                 "timer": parts.timer.state_dict(),
+                "cursor": parts.journal.sync(),
             }
             parts.checkpoints.save(
                 progress.batch,
                 state,
                 {"model": parts.trainer.save_model, "trainer": parts.trainer.save_state},
             )
+            await parts.journal.write(CheckpointRecord(progress.step, self._in_use()))
+
+
+def disposition(member: Scored, verdict: Judgement, step: int) -> DispositionRecord:
+    """What became of a valid episode of the batch: trained unless all of it was taken out of the loss."""
+    episode = member.episode
+    tokens = episode.num_sampled_tokens
+    stale = verdict.masked_tokens == tokens
+    reason = verdict.dropped or (f"stale: all of its {tokens} tokens" if stale else "")
+    kind = Disposition.DROPPED if reason else Disposition.TRAINED
+    return DispositionRecord(episode.id, episode.group_id, kind, step, reason, verdict.masked_tokens)
 
 
 def rollout_metrics(groups: Sequence[Group], dropped: Sequence[Dropped]) -> dict[str, float]:

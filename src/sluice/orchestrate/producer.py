@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sluice.errors import EngineError
-from sluice.log.records import DispositionRecord, Disposition, EpisodeRecord, FaultRecord, RewardRecord
+from sluice.log.records import Disposition, DispositionRecord, EpisodeRecord, FaultRecord, RewardRecord
 from sluice.orchestrate.journal import Journal
 from sluice.rewards.base import VerifierFailure
 from sluice.rewards.rubric import Rubric

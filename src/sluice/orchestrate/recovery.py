@@ -8,32 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from sluice.log.reader import LogReader
-from sluice.log.records import EpisodeRecord, RewardRecord, VersionRecord
+from sluice.log.records import EpisodeRecord, GroupRecord, Kind, RewardRecord, VersionRecord
 from sluice.orchestrate.producer import Recovered
-from sluice.types import Outcome, Scored, expand
+from sluice.types import GroupRequest, Outcome, Scored, expand
 from sluice.weights.lineage import Born
 
 
 def logged_versions(folder: Path) -> list[Born]:
     """Every version that was ever published, abandoned ones included."""
-    with LogReader(folder) as reader:
-        entries = reader.read(kinds=[VersionRecord])
-        return [Born(e.record.version, e.record.parent, e.record.checksum) for e in entries
-                if isinstance(e.record, VersionRecord)]
+    records = (entry.record for entry in LogReader(folder).read(kinds=(Kind.VERSION,)))
+    return [Born(r.version, r.parent, r.checksum) for r in records if isinstance(r, VersionRecord)]
 
 
 def logged_episodes(folder: Path, first_group: int) -> dict[str, Recovered]:
     """Finished training episodes of groups with at least this ordinal, newest record of each id, in log order."""
     found: dict[str, Recovered] = {}
-    with LogReader(folder) as reader:
-        for entry in reader.read(kinds=[EpisodeRecord, RewardRecord], first_group=first_group):
-            record = entry.record
-            if isinstance(record, EpisodeRecord):
-                found.pop(record.episode.id, None)
-                found[record.episode.id] = Recovered(record.episode, None)
-            elif isinstance(record, RewardRecord) and record.episode_id in found:
-                found[record.episode_id] = Recovered(found[record.episode_id].episode, record.reward)
+    for entry in LogReader(folder).read(kinds=(Kind.EPISODE, Kind.REWARD), from_ordinal=first_group):
+        record = entry.record
+        if isinstance(record, EpisodeRecord):
+            found.pop(record.episode.id, None)
+            found[record.episode.id] = Recovered(record.episode, None)
+        elif isinstance(record, RewardRecord) and record.episode_id in found:
+            found[record.episode_id] = Recovered(found[record.episode_id].episode, record.reward)
     return found
+
+
+def alive_requests(folder: Path, buffer: Mapping[str, Any]) -> dict[str, GroupRequest]:
+    """The groups alive in a checkpoint's buffer, by id, as they were dispatched."""
+    ids = {slot["group"] for slot in buffer["slots"]}
+    records = (e.record for e in LogReader(folder).read(kinds=(Kind.GROUP,), from_ordinal=first_alive(buffer)))
+    return {r.request.id: r.request for r in records if isinstance(r, GroupRecord) and r.request.id in ids}
 
 
 def alive_episodes(buffer: Mapping[str, Any], recovered: Mapping[str, Recovered]) -> dict[str, Scored]:
@@ -52,4 +56,4 @@ def alive_episodes(buffer: Mapping[str, Any], recovered: Mapping[str, Recovered]
 
 def first_alive(buffer: Mapping[str, Any]) -> int:
     """Ordinal of the oldest group alive in a checkpoint's buffer, or of the next one."""
-    return min((int(slot["request"]["ordinal"]) for slot in buffer["slots"]), default=int(buffer["next_ordinal"]))
+    return min((int(slot["ordinal"]) for slot in buffer["slots"]), default=int(buffer["next_ordinal"]))

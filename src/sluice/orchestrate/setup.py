@@ -12,7 +12,7 @@ from sluice.config.run import RunConfig
 from sluice.data.sources import load_prompts, split
 from sluice.data.strategy import CurriculumStrategy, GroupStrategy, Strategy
 from sluice.errors import CapabilityError, DataError
-from sluice.models.build import load_model, load_tokenizer, make_scratch
+from sluice.models.build import load_model, make_scratch
 from sluice.plugins import check_protocol, load_object
 from sluice.rollout.engines.base import Capabilities, Engine
 from sluice.rollout.engines.embedded import EmbeddedEngine
@@ -69,9 +69,7 @@ def make_strategy(config: DataConfig, data: Data, *, seed: int) -> Strategy:
                 shuffle=config.shuffle,
             )
         case PythonStrategy(path=path, samples=samples, params=params):
-            built = load_object(path, expects="a strategy class")(
-                data.train, samples=samples, seed=seed, **params
-            )
+            built = load_object(path, expects="a strategy class")(data.train, samples=samples, seed=seed, **params)
             check_protocol(built, Strategy, path)
             return built
 

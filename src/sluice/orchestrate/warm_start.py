@@ -54,9 +54,7 @@ def fine_tune(
     loss = float("nan")
     batches = _batches(samples, config.batch, seed)
     for step in range(1, config.steps + 1):
-        batch = make_batch(
-            next(batches), budget=config.train.micro_batch_tokens, normaliser=objective.normaliser
-        )
+        batch = make_batch(next(batches), budget=config.train.micro_batch_tokens, normaliser=objective.normaliser)
         stats = trainer.step(batch, objective.loss)
         loss = stats.loss
         view.progress("sft", step, config.steps, {"loss": loss, "grad_norm": stats.grad_norm})

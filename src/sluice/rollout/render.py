@@ -34,9 +34,7 @@ class Renderer:
     def prompt_ids(self, prompt: Prompt) -> Ids:
         """The prompt as the model sees it, up to where its answer begins; shape `[n]`."""
         messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self._kwargs
-        )
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._kwargs)
         ids = self._tokenizer.encode(str(text), add_special_tokens=False)
         if not ids:
             raise DataError(f"prompt {prompt.id} renders to no tokens", hint="check its messages and the template")

@@ -32,7 +32,7 @@ class Runner(Protocol):
 
 def noise_key(seed: int, *parts: str | int) -> int:
     """64-bit key of the sampling noise of one turn: a hash of the run's seed and what names the turn."""
-    return xxhash.xxh3_64_intdigest("/".join(map(str, (seed, *parts))))
+    return xxhash.xxh3_64_intdigest("/".join(map(str, (seed, *parts))).encode())
 
 
 class SingleTurn:
@@ -72,9 +72,7 @@ class SingleTurn:
         key = noise_key(self._seed, request.prompt.id, request.ordinal, sample)
         return await self.answer(id, request.id, request.prompt, request.sampling, key)
 
-    async def answer(
-        self, id: str, group_id: str, prompt: Prompt, sampling: SamplingParams, key: int
-    ) -> Episode:
+    async def answer(self, id: str, group_id: str, prompt: Prompt, sampling: SamplingParams, key: int) -> Episode:
         """Ask the engine once. The answer's limit is what the context leaves, if that is less."""
         ids = self.admit(prompt, sampling.max_new_tokens)
         room = self._context_length - len(ids)

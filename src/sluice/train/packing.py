@@ -64,7 +64,9 @@ def make_batch(
     Raises:
         TrainError: a sample is longer than the budget.
     """
-    return TrainBatch(pack(samples, budget=budget, scales=loss_scales(samples, normaliser, constant=constant)))
+    return TrainBatch(
+        pack(samples, budget=budget, scales=loss_scales(samples, normaliser, constant=constant))
+    )
 
 
 def check_fits(sample: TrainSample, budget: int) -> None:
@@ -73,7 +75,7 @@ def check_fits(sample: TrainSample, budget: int) -> None:
         raise TrainError(
             f"segment {sample.segment} of episode {sample.episode_id} has {len(sample)} tokens, more than the "
             f"{budget} of a micro-batch",
-            hint=f"set train.micro_batch_tokens to {len(sample)} or more, or lower rollout.max_new_tokens",
+            hint=f"set train.micro_batch_tokens to {len(sample)} or more, or lower rollout.sampling.max_new_tokens",
         )
 
 

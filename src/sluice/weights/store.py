@@ -27,7 +27,7 @@ def tensor_info(tensor: Tensor) -> TensorInfo:
 def checksum(tensors: Mapping[str, TensorInfo]) -> str:
     """One xxh3-128 over names, dtypes, shapes and digests, in the order of names; hex."""
     rows = [[name, info.dtype, list(info.shape), info.digest] for name, info in sorted(tensors.items())]
-    return xxhash.xxh3_128_hexdigest(json.dumps(rows, separators=(",", ":")))
+    return xxhash.xxh3_128_hexdigest(json.dumps(rows, separators=(",", ":")).encode())
 
 
 class MemoryWeights:

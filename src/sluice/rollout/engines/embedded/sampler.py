@@ -11,6 +11,7 @@ likeliest tokens, the smallest set of likeliest tokens whose mass reaches `top_p
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -81,7 +82,7 @@ def draw(
     ]
     if len(parts) == 1:
         return parts[0]
-    return Draw(*(sum(lists, []) for lists in zip(*parts, strict=True)))
+    return Draw(*(list(chain.from_iterable(lists)) for lists in zip(*parts, strict=True)))
 
 
 def _draw_rows(logits: Tensor, sampling: list[SamplingParams], noise: NDArray[np.float64]) -> Draw:

@@ -65,6 +65,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.num_preemptions = 0
+        self.num_cached_tokens = 0
         self._rows = list(range(max_running))[::-1]
 
     @property
@@ -167,6 +168,7 @@ class Scheduler:
             self._append_block(seq)
         seq.computed = len(match.blocks) * pool.block_tokens
         seq.registered, seq.prefix, seq.epoch = len(match.blocks), match.uid, pool.epoch
+        self.num_cached_tokens += seq.computed
         if seq.cached < 0:
             seq.cached = seq.computed
         return True

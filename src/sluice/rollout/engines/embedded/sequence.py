@@ -34,9 +34,7 @@ class Sequence:
         "stop_ids", "stop_text", "tokens",
     )  # fmt: skip
 
-    def __init__(
-        self, request: GenerateRequest, *, max_tokens: int, stop_text: StopText | None
-    ) -> None:
+    def __init__(self, request: GenerateRequest, *, max_tokens: int, stop_text: StopText | None) -> None:
         self.request = request
         self.rid = request.rid
         self.sampling = request.sampling
@@ -63,9 +61,7 @@ class Sequence:
         """Tokens whose keys and values must be computed before the next one can be drawn."""
         return len(self.tokens) - self.computed
 
-    def accept(
-        self, token: int, logprob: float, sampled_logprob: float, version: Version
-    ) -> Finish | None:
+    def accept(self, token: int, logprob: float, sampled_logprob: float, version: Version) -> Finish | None:
         """Append a drawn token. Returns why the sequence ends with it, or None when it goes on."""
         if not self.spans or self.spans[-1][1] != version:
             self.spans.append((len(self.logprobs), version))

@@ -15,7 +15,11 @@ class Decoder(Protocol):
     """The one method of a Hugging Face tokenizer that is used here."""
 
     def decode(
-        self, token_ids: list[int], *, skip_special_tokens: bool = ..., clean_up_tokenization_spaces: bool = ...
+        self,
+        token_ids: list[int],
+        *,
+        skip_special_tokens: bool = ...,
+        clean_up_tokenization_spaces: bool = ...,
     ) -> str: ...
 
 

@@ -1,0 +1,48 @@
+"""The output head of a causal language model, taken apart so that logits can be made a chunk at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sluice.errors import TrainError
+
+
+class Head(NamedTuple):
+    """logits = hidden · weightᵀ + bias. `weight` is `[vocabulary, hidden size]`, `bias` `[vocabulary]`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def output_head(model: PreTrainedModel) -> Head:
+    """The linear head of `model`. Whether logits are really nothing else is for the caller to probe.
+
+    Raises:
+        TrainError: the head is not a linear layer.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, torch.nn.Linear):
+        raise TrainError(
+            f"the output head of {type(model).__name__} is {type(head).__name__}, not a linear layer",
+            hint="this model family is not supported by the torch trainer",
+        )
+    return Head(head.weight, head.bias)
+
+
+def backbone(model: PreTrainedModel) -> torch.nn.Module:
+    """The part of `model` that makes hidden states.
+
+    Raises:
+        TrainError: `model` does not name it.
+    """
+    base = model.base_model
+    if base is model:
+        raise TrainError(
+            f"{type(model).__name__} has no separate backbone, so its hidden states cannot be had",
+            hint="this model family is not supported by the torch trainer",
+        )
+    return base

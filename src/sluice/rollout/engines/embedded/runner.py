@@ -1,0 +1,252 @@
+"""The model and its cache: turns chunks into logits."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sluice.config.model import DType
+from sluice.errors import EngineError
+from sluice.rollout.engines.embedded.paged import (
+    ATTENTION,
+    ROWS,
+    ForwardContext,
+    PagedCache,
+    plan_tiles,
+    query_rows,
+)
+from sluice.rollout.engines.embedded.scheduler import Chunk
+
+PROBE_TOKENS = 12
+"""Length of the sequence that paged attention is checked with when an engine is made."""
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest difference from the model's own attention in the probe, relative to the largest logit. A model
+whose attention is something else differs by about 1."""
+
+
+def engine_model(model: PreTrainedModel | Path | str, *, dtype: DType = "float32") -> PreTrainedModel:
+    """A copy of `model` for an engine to own, or a model read from a Hugging Face folder.
+
+    The copy has weights of its own: training `model` does not change it. The global random state stays as it
+    was, although building a module draws initial weights.
+
+    Raises:
+        EngineError: the folder does not hold a causal language model.
+    """
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    if isinstance(model, (Path, str)):
+        try:
+            return AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"no model can be read from {model}: {error}") from error
+    config = copy.deepcopy(model.config)
+    with torch.random.fork_rng():
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+class Runner:
+    """Runs packed forward passes of one model over a paged cache.
+
+    Args:
+        model: becomes the runner's own: its attention is replaced, gradients and training mode are off.
+        num_blocks, block_tokens: size of the cache.
+        dtype: of weights and cache.
+
+    Raises:
+        EngineError: the model is not one whose layers all do full causal attention over a standard KV cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+        self.model = model.eval().requires_grad_(False)
+        self.name = type(model).__name__
+        self.config = model.config.get_text_config()
+        self._refuse_by_config()
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
+        self.num_layers = int(self.config.num_hidden_layers)
+        self.heads = int(self.config.num_attention_heads)
+        kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.heads)
+        head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)
+        self.cache = PagedCache(
+            num_layers=self.num_layers,
+            num_blocks=num_blocks,
+            block_tokens=block_tokens,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self._key_elements = 2 * kv_heads * head_dim
+        self._min_queries = query_rows(head_dim, self.heads // kv_heads)
+        self._probe(dtype)
+
+    @property
+    def context_length(self) -> int | None:
+        """The model's own limit in tokens; None when its config names none."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    def forward(self, chunks: list[Chunk], table: NDArray[np.int64]) -> Tensor:
+        """Compute the chunks' tokens; returns the logits after the last token of each drawing chunk.
+
+        Args:
+            chunks: at least one.
+            table: the scheduler's block table, `[max_running, blocks]`.
+
+        Returns:
+            `[drawing chunks, vocabulary]`, in the order of `chunks`; no rows when none draws.
+        """
+        tokens: list[int] = []
+        for seq, start, end, _ in chunks:
+            tokens += seq.tokens[start:end]
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int64)
+        counts = np.array([chunk.end for chunk in chunks], dtype=np.int64) - starts
+        rows = np.array([chunk.seq.row for chunk in chunks], dtype=np.int64)
+        draws = np.array([chunk.draws for chunk in chunks], dtype=np.bool_)
+        last = (np.cumsum(counts) - 1)[draws]
+        return self._run(np.array(tokens, dtype=np.int64), table[rows], starts, counts, last)
+
+    @torch.inference_mode()
+    def _run(
+        self,
+        tokens: NDArray[np.int64],
+        table: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        last: NDArray[np.int64],
+    ) -> Tensor:
+        """One forward pass over packed `tokens`; `table`, `starts`, `counts` are per sequence."""
+        size, block_tokens = len(tokens), self.cache.block_tokens
+        padded = -(-size // ROWS) * ROWS
+        owner = np.repeat(np.arange(len(counts)), counts)
+        positions = np.zeros(padded, dtype=np.int64)
+        positions[:size] = np.arange(size) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+        slots = np.zeros(padded, dtype=np.int64)
+        block = table[owner, positions[:size] // block_tokens]
+        slots[:size] = block * block_tokens + positions[:size] % block_tokens
+        ids = np.zeros(padded, dtype=np.int64)
+        ids[:size] = tokens
+        wanted = np.zeros(-(-max(len(last), 1) // ROWS) * ROWS, dtype=np.int64)
+        wanted[: len(last)] = last
+        context = ForwardContext(
+            cache=self.cache,
+            slots=self._tensor(slots),
+            tiles=plan_tiles(
+                table,
+                starts,
+                counts,
+                block_tokens=block_tokens,
+                heads=self.heads,
+                key_elements=self._key_elements,
+                min_queries=self._min_queries,
+                device=self.device,
+            ),
+            layers=[],
+        )
+        output = self.model(
+            input_ids=self._tensor(ids)[None],
+            position_ids=self._tensor(positions)[None],
+            use_cache=False,
+            logits_to_keep=self._tensor(wanted),
+            sluice_context=context,
+        )
+        if context.layers != list(range(self.num_layers)):
+            raise EngineError(
+                f"{self.name} has {self.num_layers} layers, but those that attended were {context.layers}: "
+                "the others keep no standard KV cache",
+                hint="use an SGLang engine for this model",
+            )
+        return output.logits[0, : len(last)]
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _refuse_by_config(self) -> None:
+        """Refuse what a short probe cannot see: windows and chunks longer than it."""
+        kinds = {str(kind) for kind in getattr(self.config, "layer_types", None) or ()} - {"full_attention"}
+        window = getattr(self.config, "sliding_window", None)
+        if (
+            window
+            and getattr(self.config, "use_sliding_window", True)
+            and not hasattr(self.config, "layer_types")
+        ):
+            kinds.add("sliding_attention")
+        if kinds:
+            raise self._refusal(f"has layers of {', '.join(sorted(kinds))}")
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            raise self._refusal("takes no logits_to_keep")
+        if not getattr(self.config, "num_hidden_layers", None) or not getattr(
+            self.config, "num_attention_heads", None
+        ):
+            raise self._refusal("names no layers or attention heads in its config")
+
+    def _refusal(self, why: str) -> EngineError:
+        return EngineError(
+            f"the embedded engine cannot run {self.name}: it {why}; only full causal attention over a "
+            "standard KV cache is supported",
+            hint="use an SGLang engine for this model",
+        )
+
+    @torch.inference_mode()
+    def _probe(self, dtype: torch.dtype) -> None:
+        """Compare paged attention, in two chunks, with the model's own on a short sequence, then clear up."""
+        size = min(PROBE_TOKENS, self.context_length or PROBE_TOKENS)
+        tokens = np.arange(1, size + 1, dtype=np.int64) * 7919 % self.vocab_size
+        self.model.set_attn_implementation("eager")
+        own = self.model(input_ids=self._tensor(tokens)[None], use_cache=False).logits[0]
+        self.model.set_attn_implementation(ATTENTION)
+        table = np.arange(1, -(-size // self.cache.block_tokens) + 1)[None]
+        pieces = (slice(0, size // 2), slice(size // 2, size))
+        try:
+            paged = torch.cat(
+                [
+                    self._run(
+                        tokens[piece],
+                        table,
+                        np.array([piece.start]),
+                        np.array([piece.stop - piece.start]),
+                        np.arange(piece.stop - piece.start),
+                    )
+                    for piece in pieces
+                ]
+            )
+        except (EngineError, TypeError, AttributeError, KeyError) as error:
+            raise self._refusal(f"does not work with paged attention ({error})") from error
+        error = float((paged.float() - own.float()).abs().max() / own.float().abs().max().clamp_min(1e-6))
+        if not error <= PROBE_TOLERANCE.get(dtype, 0.1):
+            raise self._refusal(
+                f"differs from itself by {error:.2g} of the largest logit when attention is paged"
+            )
+        for layer in self.cache.layers:
+            layer.zero_()
+
+
+def named_weights(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """The tensors that a published version must hold, by name in `model.state_dict()`; tied ones once.
+
+    They share memory with the model.
+    """
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    saved = model.state_dict(keep_vars=True)
+    weights.update({name: buffer for name, buffer in model.named_buffers() if name in saved})
+    return weights

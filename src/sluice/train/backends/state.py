@@ -1,0 +1,83 @@
+"""Trainer state on disk: what a checkpoint holds beside the model's Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from sluice.errors import CheckpointError
+
+_TENSORS, _COUNTERS = "optimizer.safetensors", "trainer.json"
+_RNG = "rng/"
+_NOT_ARCHITECTURE = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "architectures", "use_cache"}
+)
+_TOKENIZER_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model"})
+
+
+def write_state(folder: Path, tensors: dict[str, Tensor], steps_done: int) -> None:
+    """Write optimizer tensors, torch's random state and the step count to `folder`."""
+    everything = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    everything[f"{_RNG}cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        for number, state in enumerate(torch.cuda.get_rng_state_all()):
+            everything[f"{_RNG}cuda{number}"] = state
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(everything, folder / _TENSORS)
+    (folder / _COUNTERS).write_text(json.dumps({"steps_done": steps_done}), encoding="utf-8")
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], int]:
+    """Inverse of `write_state`; also restores torch's random state.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    try:
+        everything = load_file(folder / _TENSORS)
+        steps_done = int(json.loads((folder / _COUNTERS).read_text(encoding="utf-8"))["steps_done"])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"trainer state in {folder} cannot be read: {error}", hint="resume from an older checkpoint"
+        ) from error
+    random = {name: everything.pop(name) for name in list(everything) if name.startswith(_RNG)}
+    torch.set_rng_state(random[f"{_RNG}cpu"])
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for number in range(devices):
+        if f"{_RNG}cuda{number}" in random:
+            torch.cuda.set_rng_state(random[f"{_RNG}cuda{number}"], number)
+    return everything, steps_done
+
+
+def check_same_architecture(folder: Path, config: PretrainedConfig) -> None:
+    """Raise CheckpointError naming the first field in which `folder/config.json` is not `config`."""
+    try:
+        saved: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the model in {folder} cannot be read: {error}", hint="resume from an older checkpoint"
+        ) from error
+    ours: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    for field in ("model_type", *sorted(ours.keys() & saved.keys())):
+        if field not in _NOT_ARCHITECTURE and saved.get(field) != ours.get(field):
+            raise CheckpointError(
+                f"the checkpoint's model is of another architecture: {field} is {saved.get(field)!r} in {folder} "
+                f"and {ours.get(field)!r} in this run",
+                hint="resume with the model the run was started with, or start a new run",
+            )
+
+
+def copy_tokenizer_files(source: Path, folder: Path) -> None:
+    """Copy what lies beside the weights in `source` (tokenizer, chat template) and is not in `folder` yet."""
+    for file in sorted(source.iterdir()):
+        wanted = file.suffix in _TOKENIZER_SUFFIXES and not file.name.endswith(".index.json")
+        if wanted and not (folder / file.name).exists():
+            shutil.copy2(file, folder / file.name)

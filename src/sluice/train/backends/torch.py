@@ -1,0 +1,217 @@
+"""The torch trainer: Hugging Face modules, one process, CPU or one GPU.
+
+Parameters and moments are float32. With `train.dtype = "bfloat16"` the model computes on a bfloat16 copy
+that every update rounds anew, rather than under autocast: what is published, and so what an engine serves,
+is then bit for bit what the trainer computes with. Dropout is off, as it is in the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sluice.config.train import TrainConfig
+from sluice.errors import CheckpointError, TrainError
+from sluice.models.build import load_model
+from sluice.train.attention import PACKED_ATTENTION
+from sluice.train.backends.optimizer import MasterOptimizer
+from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
+from sluice.train.base import Loss, StepStats
+from sluice.train.packed_model import PackedModel, make_pack, probe
+from sluice.train.packing import pack
+from sluice.train.totals import MicroResult, StepTotals, run_loss
+from sluice.types import TrainBatch, TrainSample
+
+SCORED_STREAMS = frozenset({"proximal", "reference"})
+"""Streams this trainer can fill."""
+
+
+class TorchTrainer:
+    """Implements `train.base.Trainer`.
+
+    Args:
+        config: optimizer and memory.
+        model_folder: Hugging Face folder of the initial weights. They are also the reference policy, which
+            is read from there when a step first asks for it, and kept as a second, frozen model.
+        total_steps: optimizer steps of the run, for the schedule.
+        seed: of torch's global generator.
+        device: where parameters live.
+
+    Raises:
+        ConfigError: the folder is no usable model.
+        TrainError: the model family is not supported.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_folder: Path,
+        *,
+        total_steps: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._config = config
+        self._folder = model_folder
+        self._device = torch.device(device)
+        torch.manual_seed(seed)
+        exact = load_model(model_folder, dtype="float32", attn_implementation=PACKED_ATTENTION)
+        probe(PackedModel(exact, chunk=config.logprob_chunk))
+        if config.dtype == "float32":
+            model = exact
+        else:
+            model = load_model(model_folder, dtype=config.dtype, attn_implementation=PACKED_ATTENTION)
+        self.model: PreTrainedModel = model.to(self._device)
+        if config.activation_checkpointing:
+            _checkpoint_activations(model)
+        self._packed = PackedModel(model, chunk=config.logprob_chunk)
+        self._reference: PackedModel | None = None
+        parameters = dict(model.named_parameters())
+        wide = dict(exact.named_parameters())
+        masters = {name: wide[name].detach() for name, p in parameters.items() if p.dtype != torch.float32}
+        self.optimizer = MasterOptimizer(config.optimizer, parameters, masters, total_steps=total_steps)
+
+    # ── scoring ─────────────────────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[TrainSample], streams: frozenset[str]) -> list[TrainSample]:
+        """See `Trainer.score`."""
+        unknown = sorted(streams - SCORED_STREAMS)
+        if unknown:
+            raise TrainError(
+                f"the torch trainer cannot fill the stream {unknown[0]!r}, only {sorted(SCORED_STREAMS)}",
+                hint="choose an algorithm that does without it",
+            )
+        filled = list(samples)
+        for name in sorted(streams):
+            model = self._packed if name == "proximal" else self._reference_model()
+            for index, values in enumerate(self._logprobs(model, samples)):
+                filled[index] = filled[index].with_streams(**{name: values})
+        return filled
+
+    def _logprobs(self, model: PackedModel, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+        """Log-probs of sampled and trained tokens, one float32 array `[len(sample)]` each."""
+        results = [np.zeros(len(sample), np.float32) for sample in samples]
+        # Numbered, because a micro-batch holds its samples in another order: the scales carry the numbers.
+        numbers = [np.full(len(sample), float(number)) for number, sample in enumerate(samples)]
+        for micro in pack(samples, budget=self._config.micro_batch_tokens, scales=numbers):
+            scored = (micro.stream("version") >= 0) | (micro.stream("weight") > 0)
+            values = np.zeros(micro.num_tokens, np.float32)
+            if scored.any():
+                values[scored] = (
+                    model.scores(make_pack(micro, scored, self._device)).logprob.float().cpu().numpy()
+                )
+            for start, end in zip(micro.cu_seqlens[:-1], micro.cu_seqlens[1:], strict=True):
+                results[int(micro.scales[start])] = values[start:end]
+        return results
+
+    def _reference_model(self) -> PackedModel:
+        if self._reference is None:
+            model = load_model(self._folder, dtype=self._config.dtype, attn_implementation=PACKED_ATTENTION)
+            model.requires_grad_(False)
+            self._reference = PackedModel(model.to(self._device), chunk=self._config.logprob_chunk)
+        return self._reference
+
+    # ── training ────────────────────────────────────────────────────────────────────────────────────────
+
+    def step(self, batch: TrainBatch, loss: Loss) -> StepStats:
+        """See `Trainer.step`."""
+        if not any(sample.num_trained_tokens for sample in batch.samples):
+            return StepTotals(batch).skipped(lr=self.optimizer.next_lr)
+        self.optimizer.zero_grad()
+        totals = self._backward(batch, loss)
+        norm = self.optimizer.grad_norm()
+        grad_norm = float(norm)
+        if not np.isfinite(grad_norm):
+            self.optimizer.zero_grad()
+            raise totals.not_finite()
+        rate = self.optimizer.update(norm)
+        self.optimizer.zero_grad()
+        return totals.stats(grad_norm=grad_norm, lr=rate)
+
+    def gradients(self, batch: TrainBatch, loss: Loss) -> dict[str, Tensor]:
+        """The gradient of the step's loss by parameter name, before clipping. For tests and inspection."""
+        self.optimizer.zero_grad()
+        self._backward(batch, loss)
+        gradients = {name: gradient.clone() for name, gradient in self.optimizer.gradients().items()}
+        self.optimizer.zero_grad()
+        return gradients
+
+    def _backward(self, batch: TrainBatch, loss: Loss) -> StepTotals:
+        """Forward and backward over all micro-batches that train something."""
+        totals = StepTotals(batch)
+        for micro in batch.micro_batches:
+            trained = micro.stream("weight") > 0
+            if not trained.any():
+                continue
+            packed = make_pack(micro, trained, self._device)
+            result: MicroResult = run_loss(micro, packed, self._packed.scores(packed), loss, totals.streams)
+            result.loss.backward()
+            totals.add(micro, result)
+        return totals
+
+    # ── weights and state ───────────────────────────────────────────────────────────────────────────────
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Trainer.named_weights`; tensors have the dtype the trainer computes in."""
+        seen: set[tuple[int, torch.Size]] = set()
+        once: dict[str, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            identity = (tensor.data_ptr(), tensor.shape)
+            if identity not in seen:
+                seen.add(identity)
+                once[name] = tensor.detach()
+        yield from revert_weight_conversion(self.model, once).items()
+
+    def save_model(self, folder: Path) -> None:
+        """See `Trainer.save_model`. Weights have the dtype the trainer computes in."""
+        self.model.save_pretrained(folder)
+        copy_tokenizer_files(self._folder, folder)
+
+    def save_state(self, folder: Path) -> None:
+        """See `Trainer.save_state`."""
+        write_state(folder, self.optimizer.state(), self.optimizer.steps_done)
+
+    @torch.no_grad()
+    def load_state(self, model: Path, state: Path) -> None:
+        """See `Trainer.load_state`. The reference stays what it was: the initial weights."""
+        check_same_architecture(model, self.model.config)
+        try:
+            saved = load_model(model, dtype=self._config.dtype, attn_implementation=PACKED_ATTENTION)
+        except TrainError as error:
+            raise CheckpointError(str(error), hint="resume from an older checkpoint") from error
+        parameters = dict(saved.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            if name not in parameters or parameters[name].shape != parameter.shape:
+                raise CheckpointError(
+                    f"the checkpoint in {model} has no tensor {name} of shape {tuple(parameter.shape)}",
+                    hint="resume with the model the run was started with, or start a new run",
+                )
+        tensors, steps_done = read_state(state)
+        self.optimizer.load_state(tensors, steps_done)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(parameters[name])
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass, with dropout still off.
+
+    transformers checkpoints only layers in training mode, so the layers alone are put into it; their
+    parts, which hold the dropout, stay in evaluation mode.
+    """
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise TrainError(
+            f"{type(model).__name__} has no layers that transformers can checkpoint",
+            hint="set train.activation_checkpointing = false",
+        )
+    for layer in layers:
+        layer.training = True

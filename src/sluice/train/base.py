@@ -1,0 +1,126 @@
+"""What the loop asks of a trainer. Nothing here knows an algorithm: a loss is a function that is handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sluice.types import LossInputs, LossOutput, TrainBatch, TrainSample
+
+Loss: TypeAlias = Callable[[LossInputs], LossOutput]
+"""Per-token loss of one micro-batch; see `LossOutput`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """How far trainer and engine log-probs of the same tokens are apart, in nats.
+
+    Attributes:
+        mean_abs, p999, max_abs: of |trainer - engine|: mean, 99.9th percentile, maximum.
+        kl: KL(engine ‖ trainer) by the k3 estimator, mean of r - 1 - log r with r = p_trainer / p_engine
+            (Schulman, "Approximating KL divergence", 2020).
+        num_tokens: tokens that were compared.
+    """
+
+    mean_abs: float
+    p999: float
+    max_abs: float
+    kl: float
+    num_tokens: int
+
+
+def measure_mismatch(trainer: NDArray[np.floating], engine: NDArray[np.floating]) -> Mismatch | None:
+    """Compare log-probs of the same tokens, shape `[n]` each; None when there are none."""
+    if len(trainer) == 0:
+        return None
+    log_ratio = trainer.astype(np.float64) - engine.astype(np.float64)
+    size = np.abs(log_ratio)
+    return Mismatch(
+        mean_abs=float(size.mean()),
+        p999=float(np.quantile(size, 0.999)),
+        max_abs=float(size.max()),
+        kl=float(np.mean(np.expm1(log_ratio) - log_ratio)),
+        num_tokens=len(size),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What one optimizer step did. No figure depends on how the batch was split.
+
+    Attributes:
+        loss: Σ scale · token loss over the step.
+        grad_norm: global L2 norm before clipping.
+        lr: rate that was used.
+        metrics: what the loss reported, mean over trained tokens.
+        entropy: mean over trained tokens, in nats.
+        mismatch: trained tokens with a version against their `behaviour` stream, under the weights the step
+            began with; None when there are none (supervised samples).
+        num_tokens: tokens that went through the model.
+        num_trained_tokens: tokens in the loss.
+        num_micro_batches: forward and backward passes.
+        skipped: True when nothing was trained: weights, moments and schedule are untouched.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    metrics: Mapping[str, float]
+    entropy: float
+    mismatch: Mismatch | None
+    num_tokens: int
+    num_trained_tokens: int
+    num_micro_batches: int
+    skipped: bool
+
+
+class Trainer(Protocol):
+    """One model in training. Also a `weights.Source`."""
+
+    def score(self, samples: Sequence[TrainSample], streams: frozenset[str]) -> list[TrainSample]:
+        """Fill log-prob streams without gradient: `proximal` by the current weights, `reference` by the first.
+
+        Log-probs are at each token's recorded temperature. Filled are the tokens the policy sampled
+        (version >= 0) and those that are trained (weight > 0); all others stay 0. Order is kept.
+
+        Raises:
+            TrainError: a stream this trainer cannot fill, or a sample longer than a micro-batch.
+        """
+        ...
+
+    def step(self, batch: TrainBatch, loss: Loss) -> StepStats:
+        """One optimizer step: every micro-batch forward and backward, clip, update, advance the schedule.
+
+        A batch without a trained token changes nothing and comes back as `skipped`.
+
+        Raises:
+            TrainError: the loss or gradient is not finite; nothing was updated. The message names the samples.
+        """
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor once, under its Hugging Face checkpoint name, tied ones under the first name only."""
+        ...
+
+    def save_model(self, folder: Path) -> None:
+        """Write the weights as a Hugging Face folder that engines and `load_model` read."""
+        ...
+
+    def save_state(self, folder: Path) -> None:
+        """Write what `save_model` leaves out: moments, step count, random state, full-precision weights."""
+        ...
+
+    def load_state(self, model: Path, state: Path) -> None:
+        """Restore what `save_model` and `save_state` wrote. Training goes on bit for bit.
+
+        Raises:
+            CheckpointError: files are missing, or of another architecture (named by the first field or
+                tensor that differs).
+        """
+        ...

@@ -1,0 +1,142 @@
+"""A causal language model that runs on packs and yields log-probs of chosen tokens, never logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sluice.errors import TrainError
+from sluice.models.heads import backbone, output_head
+from sluice.train.attention import PACKED_ATTENTION, PackLayout, layout
+from sluice.train.logprob import TokenScores, token_scores
+from sluice.types import MicroBatch
+
+_PROBE_TOLERANCE = 2e-4
+"""Log-prob error in float32 beyond which a pack is not what its samples are alone. Rounding stays far below."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pack:
+    """A micro-batch as tensors on a device.
+
+    Attributes:
+        ids, positions: int64 `[1, tokens]`.
+        layout: where the samples lie.
+        index: the tokens to score, int64 `[scored]`; the states that predict them stand one before.
+        temperature: of the scored tokens, float32 `[scored]`.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    layout: PackLayout
+    index: Tensor
+    temperature: Tensor
+
+
+def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device) -> Pack:
+    """Tensors of `micro`; `scored` is the mask of tokens whose log-probs are wanted, `[tokens]`.
+
+    Raises:
+        TrainError: a scored token is the first of its sample, where nothing predicts it, or its
+            temperature is not positive.
+    """
+    index = np.flatnonzero(scored)
+    positions = micro.positions
+    temperature = micro.stream("temperature")[index]
+    wrong = index[(positions[index] == 0) | (temperature <= 0)]
+    if len(wrong):
+        sample = micro.samples[int(np.searchsorted(micro.cu_seqlens, wrong[0], side="right")) - 1]
+        if positions[wrong[0]] == 0:
+            raise TrainError(
+                f"the first token of segment {sample.segment} of episode {sample.episode_id} is to be trained, but "
+                "no token before it predicts it",
+                hint="a segment begins with at least one observed token, such as the prompt or a BOS token",
+            )
+        raise TrainError(
+            f"segment {sample.segment} of episode {sample.episode_id} holds tokens drawn at temperature 0",
+            hint="greedy tokens have no log-prob to train on; sample with rollout.sampling.temperature > 0",
+        )
+    return Pack(
+        ids=torch.from_numpy(micro.ids.astype(np.int64)).to(device).unsqueeze(0),
+        positions=torch.from_numpy(positions).to(device).unsqueeze(0),
+        layout=layout(micro.lengths, device),
+        index=torch.from_numpy(index).to(device),
+        temperature=torch.from_numpy(temperature).to(device),
+    )
+
+
+class PackedModel:
+    """Runs a model loaded with `attn_implementation="sluice_packed"`.
+
+    Args:
+        model: on its device.
+        chunk: tokens whose logits exist at one time.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, chunk: int) -> None:
+        self.model = model
+        self._backbone = backbone(model)
+        self._chunk = chunk
+
+    def scores(self, pack: Pack) -> TokenScores:
+        """Log-prob and entropy of the tokens in `pack.index`, shape `[scored]`; with gradient if enabled."""
+        output = self._backbone(
+            input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack.layout
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        head = output_head(self.model)
+        return token_scores(
+            hidden.index_select(0, pack.index - 1),
+            head.weight,
+            head.bias,
+            pack.ids[0].index_select(0, pack.index),
+            pack.temperature,
+            chunk=self._chunk,
+        )
+
+
+@torch.no_grad()
+def probe(packed: PackedModel) -> None:
+    """Compare two short packed samples with transformers' own full forward pass of each, in float32.
+
+    This is what finds a model whose logits are scaled or capped, whose layers carry state along the pack
+    (state-space models), or whose attention is not what `packed_attention` does.
+
+    Raises:
+        TrainError: they differ; names the model and by how much.
+    """
+    model = packed.model
+    vocabulary = output_head(model).weight.shape[0]
+    device = next(model.parameters()).device
+    samples = [
+        torch.arange(start, start + length, device=device) * 7 % vocabulary
+        for start, length in ((1, 6), (3, 4))
+    ]
+    ids = torch.cat(samples)
+    positions = torch.cat([torch.arange(len(sample), device=device) for sample in samples])
+    index = torch.nonzero(positions).squeeze(1)
+    lengths = [len(sample) for sample in samples]
+    pack = Pack(
+        ids[None], positions[None], layout(lengths, device), index, torch.ones(len(index), device=device)
+    )
+    ours = packed.scores(pack).logprob
+    model.set_attn_implementation("eager")
+    alone = [model(input_ids=sample[None], use_cache=False).logits[0, :-1].float() for sample in samples]
+    model.set_attn_implementation(PACKED_ATTENTION)
+    theirs = torch.cat(
+        [
+            logits.log_softmax(-1).gather(1, sample[1:, None])[:, 0]
+            for logits, sample in zip(alone, samples, strict=True)
+        ]
+    )
+    error = float((ours - theirs).abs().max())
+    if not error <= _PROBE_TOLERANCE:
+        raise TrainError(
+            f"{type(model).__name__} gives other log-probs in a pack than alone (largest difference {error:.2g}): "
+            "it scales or caps its logits, mixes the samples of a pack, or has an attention of its own",
+            hint="this model family is not supported by the torch trainer",
+        )
