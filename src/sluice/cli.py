@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from sluice.errors import ConfigError, SluiceError
+from sluice.nearest import nearest
 
 if TYPE_CHECKING:
     from sluice.config import RunConfig
@@ -37,7 +38,7 @@ Recipe = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the recipe's: train.optimizer.lr=1e-4"),
+    typer.Argument(metavar="KEY=VALUE", help="Values that replace the recipe's: train.optimizer.lr=1e-4"),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the recipe's seed.")]
 Name = Annotated[str | None, typer.Option("--name", help="Replace the recipe's name, and so the run folder.")]
@@ -94,7 +95,7 @@ def sft(
     overrides: Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Where the model goes. [default: beside the run]"),
+        typer.Option("--out", metavar="FOLDER", help="Where the model goes. Default: beside the run."),
     ] = None,
     seed: Seed = None,
     name: Name = None,
@@ -112,7 +113,7 @@ def evaluate(
     overrides: Overrides = None,
     model: Annotated[
         Path | None,
-        typer.Option("--model", metavar="FOLDER", help="A model folder. [default: the run's newest checkpoint]"),
+        typer.Option("--model", metavar="FOLDER", help="A model folder. Default: the run's newest checkpoint."),
     ] = None,
     seed: Seed = None,
     name: Name = None,
@@ -127,7 +128,7 @@ def evaluate(
 @app.command()
 def generate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face model.")],
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="User messages, a conversation each.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="User messages, a conversation each.")],
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each prompt.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Limit of an answer.")] = 128,
@@ -239,15 +240,13 @@ def _usage_message(error: TyperException) -> str:
     message, hint = error.format_message().rstrip("."), f"see `{where} --help`"
     option = getattr(error, "option_name", None)
     if isinstance(option, str) and context is not None and message.startswith("No such option"):
-        from difflib import get_close_matches
-
         valid = [name for parameter in context.command.params for name in parameter.opts if name[0] == "-"]
-        close = get_close_matches(option, [*valid, "--help"], n=1, cutoff=0.5)
+        meant = nearest(option, [*valid, "--help"])
         message = f"no such flag: {option}"
         if "." in option:
             hint = f"recipe keys are given without dashes: {option.lstrip('-').partition('=')[0]}=VALUE"
-        elif close:
-            hint = f"did you mean {close[0]}? see `{where} --help`"
+        elif meant is not None:
+            hint = f"did you mean {meant}? see `{where} --help`"
     return f"{message[0].lower()}{message[1:]}\n  → {hint}"
 
 

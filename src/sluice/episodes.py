@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sluice.config.run import RunConfig
-from sluice.config.shape import nearest
 from sluice.errors import ConfigError, LogError
 from sluice.log.jsonl import to_json
 from sluice.log.lineage import ACCOUNTED, account
@@ -28,6 +27,7 @@ from sluice.log.records import (
     VersionRecord,
     keys,
 )
+from sluice.nearest import nearest
 from sluice.types import Outcome, Version
 
 _Kind = TypeVar("_Kind", Kind, Outcome)
@@ -156,6 +156,6 @@ def _decoder(folder: Path) -> Callable[[list[int]], str]:
     saved = folder / "config.json"
     if not saved.is_file():
         raise ConfigError(f"{folder} has no config.json, which names the tokenizer", hint="leave --text away")
-    config = RunConfig.model_validate_json(saved.read_text(encoding="utf-8"))
+    config = RunConfig.model_validate(json.loads(saved.read_text(encoding="utf-8")))
     tokenizer = load_tokenizer(config.model.path or folder / "model-init")
     return lambda ids: str(tokenizer.decode(ids))

@@ -1,6 +1,6 @@
 """reasoning-gym as Sluice sees it: tasks by name, their parameters, entries that survive JSON, the scorer.
 
-An entry holds tuples, sets and integer keys that plain JSON would turn into something else, and some
+An entry holds tuples and integer keys, which plain JSON would turn into something else, and some
 scorers then give the right answer less than 1. `encode` and `decode` are exact inverses on what entries
 are made of, so that a prompt read back from the log is scored as when it was made.
 """
@@ -11,9 +11,9 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from datetime import date, datetime, time, timedelta
-from fractions import Fraction
 from typing import Any, cast
+
+import numpy as np
 
 from sluice.errors import ConfigError
 from sluice.nearest import did_you_mean
@@ -90,40 +90,25 @@ def encode(value: Any) -> Any:
     """
     if value is None or isinstance(value, str | bool):
         return str(value) if isinstance(value, str) else value
-    if isinstance(value, int | float) and type(value) in (int, float):
+    if type(value) in (int, float):
         return value
     if isinstance(value, list):
         return [encode(each) for each in cast("list[Any]", value)]
     if isinstance(value, tuple):
         return {_TAG: ["tuple", [encode(each) for each in cast("tuple[Any, ...]", value)]]}
-    if isinstance(value, set | frozenset):
-        items = [encode(each) for each in cast("set[Any]", value)]
-        return {_TAG: ["set", sorted(items, key=lambda each: json.dumps(each, sort_keys=True))]}
     if isinstance(value, Mapping):
         table = cast("Mapping[Any, Any]", value)
         if all(isinstance(key, str) for key in table) and _TAG not in table:
             return {str(key): encode(each) for key, each in table.items()}
         return {_TAG: ["dict", [[encode(key), encode(each)] for key, each in table.items()]]}
-    if isinstance(value, datetime | date | time):
-        return {_TAG: [type(value).__name__, value.isoformat()]}
-    if isinstance(value, timedelta):
-        return {_TAG: ["timedelta", [value.days, value.seconds, value.microseconds]]}
-    if isinstance(value, Fraction):
-        return {_TAG: ["Fraction", str(value)]}
-    if hasattr(value, "item") and not getattr(value, "shape", ()):  # a numpy scalar
+    if isinstance(value, np.generic):
         return encode(value.item())
     raise TypeError(f"a {type(value).__module__}.{type(value).__name__} cannot be kept in the log")
 
 
 _MAKE: Mapping[str, Callable[[Any], Any]] = {
     "tuple": lambda content: tuple(decode(each) for each in content),
-    "set": lambda content: {decode(each) for each in content},
     "dict": lambda content: {decode(key): decode(each) for key, each in content},
-    "datetime": datetime.fromisoformat,
-    "date": date.fromisoformat,
-    "time": time.fromisoformat,
-    "timedelta": lambda content: timedelta(*content),
-    "Fraction": Fraction,
 }
 
 

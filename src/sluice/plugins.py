@@ -33,18 +33,12 @@ def load_object(path: str, *, expects: str) -> Any:
     """
     where, _, name = path.rpartition(":")
     if not where or not name:
-        raise ConfigError(
-            f"{path!r} does not name {expects}", hint="write it as file.py:name or package.module:name"
-        )
+        raise ConfigError(f"{path!r} does not name {expects}", hint="write it as file.py:name or package.module:name")
     module = _load_file(Path(where), expects) if where.endswith(".py") else _load_module(where, expects)
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            public = (
-                [each for each in vars(found) if not each.startswith("_")]
-                if hasattr(found, "__dict__")
-                else []
-            )
+            public = [each for each in dir(found) if not each.startswith("_")]
             raise ConfigError(
                 f"{where} has no {name!r}; {expects} was expected there",
                 hint=did_you_mean(part, public, otherwise=f"{where} defines nothing; define {name} in it"),
@@ -81,13 +75,13 @@ def check_protocol(built: object, protocol: type, path: str) -> None:
         )
         if problem:
             raise ConfigError(
-                f"{path}: {type(built).__name__}.{name} cannot be called as {protocol.__name__} needs: {problem}",
+                f"{path}: {type(built).__name__}.{name} does not fit {protocol.__name__}: {problem}",
                 hint=f"define it as `def {name}{inspect.signature(declared)}`",
             )
 
 
 def signature_problem(function: Any, positional: int, keywords: list[str]) -> str:
-    """Why `function` cannot be called with so many positional arguments and these keywords; empty if it can."""
+    """Why `function` cannot be called with so many positional and these keyword arguments; empty if it can."""
     try:
         signature = inspect.signature(function)
     except ValueError:
@@ -131,7 +125,7 @@ def _load_file(file: Path, expects: str) -> ModuleType:
             hint=did_you_mean(file.name, names, otherwise=f"{file.parent} holds no Python file"),
         )
     resolved = file.resolve()
-    name = f"_sluice_{resolved.stem}_{xxhash.xxh3_64_hexdigest(str(resolved))}"
+    name = f"_sluice_{resolved.stem}_{xxhash.xxh3_64_hexdigest(str(resolved).encode())}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, resolved)
@@ -153,11 +147,10 @@ def _load_module(name: str, expects: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name is not None
-        if missing and (name == error.name or name.startswith(f"{error.name}.")):
+        missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+        if missing and (name == missing or name.startswith(f"{missing}.")):
             raise ConfigError(
-                f"there is no module {error.name!r}; {expects} was expected in {name}",
-                hint=_module_hint(name),
+                f"there is no module {missing!r}; {expects} was expected in {name}", hint=_module_hint(name)
             ) from error
         raise ConfigError(
             f"importing {name} failed: {describe(error)}", hint="mend the module, or install what it needs"

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,17 +39,18 @@ class Server:
 def write_tiny_model(folder: Path, *, seed: int = 0) -> Qwen3ForCausalLM:
     """A random Qwen3 of 3 layers and 0.4 M parameters with a character tokenizer, written to `folder`.
 
-    Returns the same model, float32, in eval mode. Ids 0 and 1 are `<pad>` and `<eos>`.
+    Returns the same model, float32, in eval mode. It declares no end of sequence: a turn ends where the request
+    says so. Ids 0 and 1 are `<pad>` and `<eos>`.
     """
     names = ["<pad>", "<eos>", *CHARACTERS]
     core = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
     core.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>").save_pretrained(folder)
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, eos_token_id=1, pad_token_id=0,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, eos_token_id=None, pad_token_id=0,
         tie_word_embeddings=True, dtype="float32",
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).float().eval()
@@ -124,12 +125,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM to the process; after the deadline, and for workers it left behind, SIGKILL to its group."""
     if process.poll() is None:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):  # killed below
             process.wait(STOP_DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            pass  # killed below
-    try:
+    with suppress(ProcessLookupError):  # the group is gone already
         os.killpg(process.pid, signal.SIGKILL)  # its own session: nobody else is in this group
-    except ProcessLookupError:
-        pass  # the group is gone already
     process.wait(STOP_DEADLINE_S)

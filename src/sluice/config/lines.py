@@ -142,9 +142,7 @@ class _Scanner:
                 text.append(self._text[self._at])
                 self._at += 1
         self._at += len(quote)
-        while len(quote) == 3 and self._text.startswith(
-            char, self._at
-        ):  # '""""' ends with a quote of its own
+        while len(quote) == 3 and self._text.startswith(char, self._at):  # '""""' ends with a quote of its own
             self._at += 1
         return "".join(text)
 

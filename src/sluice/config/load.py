@@ -24,7 +24,6 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from sluice.config.python_recipe import call_recipe
 from sluice.config.run import RunConfig
 from sluice.config.shape import Table, as_list, as_table, as_written, fill_defaults
 from sluice.errors import ConfigError
+from sluice.nearest import nearest
 
 __all__ = ["FREE_FORM", "load_recipe", "resolved_json", "resolved_toml", "schema"]
 
@@ -68,11 +68,10 @@ def load_recipe(
     for argument in overrides:
         try:
             override = Override.parse(argument)
-            key = override.apply(tree)
+            for key in override.apply(tree):
+                _replace_place(known, key, override.place)
         except OverrideError as error:
             problems.append(Problem((), str(error), error.place))
-            continue
-        _replace_place(known, key, override.place)
     for key, (flag, value) in (flags or {}).items():
         tree[key] = value
         _replace_place(known, (key,), f"{flag} {value}")
@@ -113,17 +112,15 @@ def _split(ref: str) -> tuple[Path, str]:
         raise ConfigError(f"recipe {ref}: not a {', '.join(_SUFFIXES)} file")
     what = "is a folder" if path.is_dir() else "no such file"
     near = _nearest_file(path)
-    raise ConfigError(
-        f"recipe {ref}: {what}", hint=f"did you mean {near}?" if near else "give the path of a recipe"
-    )
+    raise ConfigError(f"recipe {ref}: {what}", hint=f"did you mean {near}?" if near else "give the path of a recipe")
 
 
 def _nearest_file(path: Path) -> Path | None:
     folders = dict.fromkeys((path, path.parent, Path("recipes")))
     files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
     by_stem = {file.stem: file for file in reversed(files) if file.suffix in _SUFFIXES}
-    close = get_close_matches(path.stem, by_stem, n=1, cutoff=0.5)
-    return by_stem[close[0]] if close else None
+    meant = nearest(path.stem, by_stem)
+    return by_stem[meant] if meant is not None else None
 
 
 def _parse(path: Path) -> tuple[Table, dict[Key, int]]:
@@ -165,11 +162,7 @@ def _rebased(value: Any, folder: Path) -> Any:
     for name, inner in table.items():
         is_path = name == "path" and isinstance(inner, str | Path)
         result[name] = (
-            _beside(str(inner), folder)
-            if is_path
-            else inner
-            if name in FREE_FORM
-            else _rebased(inner, folder)
+            _beside(str(inner), folder) if is_path else inner if name in FREE_FORM else _rebased(inner, folder)
         )
     return result
 

@@ -37,19 +37,23 @@ class Override:
             raise OverrideError(f"{argument!r} is not KEY=VALUE, such as train.optimizer.lr=1e-4", place)
         return cls(key.strip(), text.strip(), place)
 
-    def apply(self, tree: Table) -> Key:
-        """Puts the value into `tree`, making tables on the way, and returns the key it stands at."""
+    def apply(self, tree: Table) -> list[Key]:
+        """Puts the value into `tree`, making tables on the way, and returns the keys it made: its own last."""
         node: Any = tree
         key: Key = ()
+        made: list[Key] = []
         steps = self._steps()
         for number, name in enumerate(steps):
             step = self._step(name, key, node, tree)
             key = (*key, step)
             if number == len(steps) - 1:
                 self._put(node, step, self._value(key, tree))
-            else:
-                node = self._descend(node, step, key, tree)
-        return key
+                made.append(key)
+                continue
+            if self._get(node, step) is None:
+                made.append(key)
+            node = self._descend(node, step, key, tree)
+        return made
 
     def _steps(self) -> list[str]:
         """The parts of the key; a part with a dot in it is quoted, as in TOML."""
@@ -65,9 +69,7 @@ class Override:
 
     def _step(self, name: str, parent: Key, node: Any, tree: Table) -> str | int:
         field = field_at(parent, tree) if parent else None
-        is_item = isinstance(node, list) or (
-            not node and field is not None and item_of(field.annotation, 0) is not Any
-        )
+        is_item = isinstance(node, list) or (not node and field is not None and item_of(field.annotation, 0) is not Any)
         if not is_item:
             return name
         if not name.isdecimal():

@@ -13,8 +13,9 @@ from pydantic_core import ErrorDetails
 
 from sluice.config.lines import Key
 from sluice.config.run import RunConfig
-from sluice.config.shape import Spot, dotted, known_keys, locate, nearest, part_named, parts_of, tag_of
+from sluice.config.shape import Spot, dotted, known_keys, locate, part_named, parts_of, tag_of
 from sluice.errors import ConfigError
+from sluice.nearest import nearest
 
 _SHOWN = 60
 """Characters of a wrong value that are shown."""
@@ -71,9 +72,7 @@ def problems_of(error: ValidationError, places: Places) -> list[Problem]:
 def _is_echo(one: ErrorDetails, details: list[ErrorDetails]) -> bool:
     """True for the length of a list that is too short only because its items are wrong."""
     at = one["loc"]
-    return one["type"] == "too_short" and any(
-        other["loc"][: len(at)] == at != other["loc"] for other in details
-    )
+    return one["type"] == "too_short" and any(other["loc"][: len(at)] == at != other["loc"] for other in details)
 
 
 def _problem(details: ErrorDetails, places: Places, title: str) -> Problem:
@@ -120,7 +119,7 @@ def _same_name_elsewhere(key: Key) -> str | None:
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(key, other, strict=False)))
         return -shared, len(other)
 
-    known = [other for other in known_keys() if other[-1] == key[-1]]
+    known = [other for other in known_keys() if other[-1] == key[-1] and other != key]
     return dotted(min(known, key=distance)) if known else None
 
 

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from sluice.config.problems import Places, problems_of, refuse
 from sluice.config.run import RunConfig
-from sluice.config.shape import Table, as_table, nearest
+from sluice.config.shape import Table, as_table
 from sluice.errors import ConfigError, SluiceError
+from sluice.nearest import nearest
 
 
 def call_recipe(path: Path, function: str) -> RunConfig | Table:
@@ -41,9 +42,7 @@ def call_recipe(path: Path, function: str) -> RunConfig | Table:
     table = as_table(value)
     if isinstance(value, RunConfig) or table is not None:
         return value if table is None else table
-    raise ConfigError(
-        f"{path}:{function}() returned {type(value).__name__}; a recipe returns a RunConfig or a dict"
-    )
+    raise ConfigError(f"{path}:{function}() returned {type(value).__name__}; a recipe returns a RunConfig or a dict")
 
 
 def _module(path: Path) -> ModuleType:
@@ -60,9 +59,7 @@ def _module(path: Path) -> ModuleType:
 def _function(module: ModuleType, path: Path, name: str) -> Callable[[], Any]:
     recipe = getattr(module, name, None)
     if recipe is None:
-        own = [
-            n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__
-        ]
+        own = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
         public = [n for n in own if not n.startswith("_")]
         meant = nearest(name, public)
         raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeAlias, Union, cast, get_args, get_origin
@@ -208,9 +207,3 @@ def part_named(name: str) -> type[Part]:
 def nested_parts(annotation: Any) -> list[type[Part]]:
     """The config classes that a field may hold, as its value or as items of its list."""
     return parts_of(annotation) + parts_of(item_of(annotation, 0))
-
-
-def nearest(word: str, valid: Sequence[str]) -> str | None:
-    """The valid word that `word` probably means."""
-    close = get_close_matches(word.lower(), [name.lower() for name in valid], n=1, cutoff=0.6)
-    return next((name for name in valid if close and name.lower() == close[0]), None)

@@ -9,7 +9,8 @@ In the JSON a dataclass is an object by field name, a named tuple is a list, and
 byte plane by byte plane (all first bytes, all second bytes, …): token ids then compress to about half.
 
 `Mapping[str, Any]` fields (metadata, info) take JSON values, tuples, mappings with other keys and numpy
-scalars (as Python's). Anything else is refused by name when it is appended, not lost.
+scalars (as Python's); a NaN there keeps no payload, one in an array does. Anything else is refused by
+name when it is appended, not lost.
 """
 
 from __future__ import annotations
@@ -219,9 +220,7 @@ def _decoder(hint: Any) -> _Decoder:
             make = cast("type[Any]", hint)
             return lambda tree, arrays: make(**{name: decoders[name](tree[name], arrays) for name in tree})
         each_field = list(decoders.values())
-        return lambda tree, arrays: hint(
-            *(decode(item, arrays) for decode, item in zip(each_field, tree, strict=True))
-        )
+        return lambda tree, arrays: hint(*(decode(item, arrays) for decode, item in zip(each_field, tree, strict=True)))
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is np.ndarray:
         dtype, native = _array_dtype(hint), np.dtype(get_args(get_args(hint)[1])[0])

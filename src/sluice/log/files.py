@@ -159,10 +159,11 @@ def last_seq(connection: sqlite3.Connection, first: int) -> int:
 
 
 @contextmanager
-def reading(path: Path) -> Generator[sqlite3.Connection, None, None]:
+def reading(path: Path, *, damaged: bool = False) -> Generator[sqlite3.Connection, None, None]:
     """A read-only connection, also while a writer is open. SQLite's errors become LogErrors.
 
-    The body must not run code that may raise an sqlite3.Error of another database.
+    `damaged` lets SQLite read what there is of a file that is shorter than its header says. The body must not
+    run code that may raise an sqlite3.Error of another database.
     """
     mode = "mode=ro"
     wal = Path(f"{path}-wal")
@@ -170,15 +171,13 @@ def reading(path: Path) -> Generator[sqlite3.Connection, None, None]:
         mode = "immutable=1"  # an archive on read-only storage: nobody writes it, and no -shm can be made
     try:
         uri = f"{path.resolve().as_uri()}?{mode}"
-        with closing(
-            sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
-        ) as connection:
+        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
+            if damaged:
+                connection.execute("PRAGMA writable_schema = ON")
             yield connection
     except sqlite3.Error as error:
         if not path.exists():
-            raise LogError(
-                f"{path} was removed while it was read", hint="read from the oldest record again"
-            ) from error
+            raise LogError(f"{path} was removed while it was read", hint="read from the oldest record again") from error
         raise LogError(f"{path} cannot be read: {error}", hint=_next_move(error)) from error
 
 
@@ -202,9 +201,7 @@ def _next_move(error: sqlite3.Error) -> str:
     return "restore it from a copy; if it is the newest file, sluice.log.repair keeps all before the damage"
 
 
-def rows(
-    connection: sqlite3.Connection, where: str, values: tuple[object, ...], *, after: int
-) -> Iterator[Row]:
+def rows(connection: sqlite3.Connection, where: str, values: tuple[object, ...], *, after: int) -> Iterator[Row]:
     """Rows that satisfy `where`, by `seq`, a few at a time: no transaction is open while the caller works."""
     query = f"SELECT {_COLUMNS} FROM record WHERE {where} AND seq > ? ORDER BY seq LIMIT {_CHUNK}"
     while chunk := connection.execute(query, (*values, after)).fetchall():

@@ -127,9 +127,14 @@ class LogReader:
                     )
                 reached = last_seq(connection, first)
                 codec = Codec()
+                whole = kinds is None and from_ordinal is None
+                expected = max(first, (after or 0) + 1)
                 for row in _select(connection, after or 0, kinds, from_ordinal):
                     if row.seq > latest:
                         return
+                    if whole and row.seq != expected:
+                        raise _damaged(path, expected, "it is missing")
+                    expected = row.seq + 1
                     yield _entry(path, row, codec)
 
     def _start(self, files: list[Path], after: int | None) -> int:
@@ -173,7 +178,11 @@ def _entry(path: Path, row: Row, codec: Codec) -> Entry:
             return Entry(row.seq, row.at, codec.decode(Kind(row.kind), row.body))
         except ValueError as error:
             problem = str(error)
-    raise LogError(
-        f"record {row.seq} in {path} is not what was written: {problem}",
+    raise _damaged(path, row.seq, problem)
+
+
+def _damaged(path: Path, seq: int, problem: str) -> LogError:
+    return LogError(
+        f"record {seq} in {path} is not what was written: {problem}",
         hint="restore the file from a copy; if it is the newest, sluice.log.repair keeps every record before",
     )

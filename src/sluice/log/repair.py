@@ -63,7 +63,7 @@ def check_file(path: Path) -> Check:
 
 
 def _first(path: Path) -> int:
-    with reading(path) as connection:
+    with reading(path, damaged=True) as connection:
         return check_header(connection, path)
 
 
@@ -71,10 +71,13 @@ def _scan(path: Path) -> Iterator[Row | str]:
     """The good rows of a file in order and, if there is one, the problem that ends them."""
     expected = _first(path)
     try:
-        with reading(path) as connection:
+        with reading(path, damaged=True) as connection:
             for row in rows(connection, "1", (), after=expected - 1):
-                if row.seq != expected or not row.intact:
-                    yield f"record {expected} is {'missing' if row.seq != expected else 'not what was written'}"
+                if row.seq != expected:
+                    yield f"record {expected} is missing"
+                    return
+                if not row.intact:
+                    yield f"record {expected} is not what was written"
                     return
                 yield row
                 expected += 1
@@ -122,9 +125,7 @@ def repair(folder: Path) -> Repair | None:
         _swap(path, repaired)
         return Repair(path, check_file(path).last, problem, Path(f"{path}.damaged"))
     except (sqlite3.Error, OSError) as error:
-        raise LogError(
-            f"the log {folder} could not be repaired: {error}", hint="free space, then again"
-        ) from error
+        raise LogError(f"the log {folder} could not be repaired: {error}", hint="free space, then again") from error
     finally:
         lock.release()
 
@@ -133,7 +134,7 @@ def _rebuild(path: Path, repaired: Path) -> None:
     """Write `repaired` with every record of `path` before the damage; it appears complete or not at all."""
     aside = path.parent / ".repair"
     aside.mkdir(exist_ok=True)
-    with reading(path) as connection:
+    with reading(path, damaged=True) as connection:
         first = check_header(connection, path)
         created = connection.execute("SELECT created FROM file").fetchone()[0]
     (aside / path.name).unlink(missing_ok=True)

@@ -85,16 +85,12 @@ class LogWriter:
             flush(folder.parent)
             self._lock = FolderLock(folder)
         except OSError as error:
-            raise LogError(
-                f"the log {folder} cannot be opened: {error}", hint="check the run folder"
-            ) from error
+            raise LogError(f"the log {folder} cannot be opened: {error}", hint="check the run folder") from error
         try:
             self._path, self._connection, self._cursor = self._open(self._newest())
         except (sqlite3.Error, OSError) as error:
             self._lock.release()
-            raise LogError(
-                f"the log {folder} cannot be opened: {error}", hint="check the run folder"
-            ) from error
+            raise LogError(f"the log {folder} cannot be opened: {error}", hint="check the run folder") from error
         except BaseException:
             self._lock.release()
             raise
@@ -152,9 +148,7 @@ class LogWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────────────
@@ -177,9 +171,7 @@ class LogWriter:
 
     def _open(self, path: Path) -> tuple[Path, sqlite3.Connection, int]:
         """Connect for writing. Returns the path, the connection and the last `seq`."""
-        connection = sqlite3.connect(
-            path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-        )
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         try:
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
             last = last_seq(connection, check_header(connection, path))

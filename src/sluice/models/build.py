@@ -160,9 +160,7 @@ def check_model_folder(path: Path) -> None:
             hint="set model.path to a folder with config.json, safetensors and tokenizer files",
         )
     if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"{path} has no config.json", hint="set model.path to the folder of a Hugging Face model"
-        )
+        raise ConfigError(f"{path} has no config.json", hint="set model.path to the folder of a Hugging Face model")
     if not any(path.glob("*.safetensors")):
         raise ConfigError(
             f"{path} has no safetensors weights",
@@ -184,9 +182,7 @@ def _read_config(path: Path) -> PretrainedConfig:
 
 def _check_model_type(model_type: str, where: str) -> None:
     if not model_type:
-        raise ConfigError(
-            f"{where} is missing", hint="name the architecture, for example model_type = 'qwen3'"
-        )
+        raise ConfigError(f"{where} is missing", hint="name the architecture, for example model_type = 'qwen3'")
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type in CONFIG_MAPPING:
         return
     if model_type in CONFIG_MAPPING:
@@ -207,8 +203,7 @@ def _check_architecture_keys(config_class: Any, architecture: dict[str, Any]) ->
     for key in architecture:
         if key not in known and key not in _ALWAYS_ALLOWED:
             raise ConfigError(
-                f"model.scratch.architecture: {config_class.model_type} has no key {key!r}"
-                + nearest(key, known),
+                f"model.scratch.architecture: {config_class.model_type} has no key {key!r}" + nearest(key, known),
                 hint="see the fields of the model's config class in transformers",
             )
 

@@ -36,9 +36,7 @@ def build_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
     # The stubs of `tokenizers` declare these attributes without setters.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_pattern(config.words)), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -63,9 +61,7 @@ def _check_words(words: tuple[str, ...]) -> None:
                 hint="take it out of the list",
             )
         if word in seen:
-            raise ConfigError(
-                f"model.scratch.tokenizer.words: {word!r} is listed twice", hint="keep one of them"
-            )
+            raise ConfigError(f"model.scratch.tokenizer.words: {word!r} is listed twice", hint="keep one of them")
         seen.add(word)
 
 
@@ -73,9 +69,7 @@ def _pattern(words: tuple[str, ...]) -> str:
     """One match per token: listed mixed words first, then digit, run of letters, any other mark."""
     mixed = sorted((word for word in words if not _is_simple(word)), key=lambda word: (-len(word), word))
     alternatives = [
-        ("(?<!\\w)" if word[0].isalnum() else "")
-        + re.escape(word)
-        + ("(?!\\w)" if word[-1].isalnum() else "")
+        ("(?<!\\w)" if word[0].isalnum() else "") + re.escape(word) + ("(?!\\w)" if word[-1].isalnum() else "")
         for word in mixed
     ]
     return " ?(?:" + "|".join([*alternatives, r"\p{N}", r"[\p{L}\p{M}]+", r"[^\s\p{L}\p{M}\p{N}]"]) + r")|\s"

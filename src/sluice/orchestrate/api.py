@@ -21,7 +21,7 @@ from sluice.orchestrate.warm_start import fine_tune
 from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.render import Renderer
 from sluice.rollout.runner import SingleTurn, noise_key
-from sluice.types import Message, Prompt
+from sluice.types import Message, Prompt, Version
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, view: View | None = None) -> Summary:
@@ -113,7 +113,7 @@ async def _generate(
     config = EmbeddedConfig()
     engine = EmbeddedEngine(
         load_model(model, dtype=config.dtype, attn_implementation="sdpa"), tokenizer, config,
-        device=device.resolve("auto"),
+        device=device.resolve("auto"), version=Version(0),
     )  # fmt: skip
     capabilities = await engine.start()
     renderer = Renderer(tokenizer)

@@ -95,7 +95,6 @@ class InlineRun:
                 total_steps=config.steps * algorithm.updates_per_batch,
                 seed=config.seed,
                 device=self._device,
-                reference="reference" in algorithm.requires,
             )
             gate = Gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
             buffer = Buffer(
@@ -145,14 +144,14 @@ class InlineRun:
         return summary
 
     async def _start_model(self, checkpoint: Checkpoint | None, data: Data) -> Path:
-        """The model folder that trainer and engine load: a checkpoint's, a warm-started or the initial one."""
-        if checkpoint is not None:
-            return checkpoint.model
+        """The model of step 0: the initial or the warm-started one. It is also the reference."""
         config = self._config
         start = initial_model(config, self._folder)
         if config.warm_start is None:
             return start
         out = self._folder / "model-sft"
+        if checkpoint is not None:
+            return out
         with self._timer.phase("sft"):
             fine_tune(
                 config.warm_start, start, out, data.train, seed=config.seed, device=self._device,

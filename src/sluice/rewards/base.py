@@ -12,7 +12,7 @@ from sluice.errors import RewardError
 from sluice.types import Prompt
 
 
-class VerifierFailure(RewardError):
+class VerifierFailure(RewardError):  # noqa: N818  an outcome, by its name
     """A verifier raised, timed out or returned no finite number: an `infra_failure`, never a reward of 0.
 
     Attributes:

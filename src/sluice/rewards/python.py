@@ -53,7 +53,7 @@ class PythonVerifier:
         return await self._await(cast("Awaitable[Any]", result)) if inspect.isawaitable(result) else result
 
     async def _await(self, result: Awaitable[Any]) -> Any:
-        task = asyncio.ensure_future(result)
+        task = asyncio.create_task(_run(result))
         try:
             # `wait` gives up even on a function that swallows its cancellation; `wait_for` would not.
             done, _ = await asyncio.wait({task}, timeout=self._seconds)
@@ -64,3 +64,10 @@ class PythonVerifier:
         if task.cancelled():
             raise RuntimeError("cancelled itself")
         return task.result()
+
+
+async def _run(result: Awaitable[Any]) -> Any:
+    try:
+        return await result
+    except SystemExit as error:  # a task that raises it ends the event loop, and the run with it
+        raise RuntimeError(f"SystemExit: {error.code}") from error

@@ -20,5 +20,5 @@ class RandomVerifier:
 
     async def score(self, prompt: Prompt, answer: str, *, episode_id: str) -> float:
         """The draw of this episode."""
-        draw = xxhash.xxh3_64_intdigest(f"{self._seed}/{episode_id}") / 2**64
+        draw = xxhash.xxh3_64_intdigest(f"{self._seed}/{episode_id}".encode()) / 2**64
         return float(draw < self._probability)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from sluice import gym
 from sluice.config.rewards import ReasoningGymReward
 from sluice.errors import ConfigError, RewardError
+from sluice.rewards.screen import is_harmless
 from sluice.types import Prompt
 
 
@@ -27,7 +28,14 @@ class ReasoningGymVerifier:
     async def score(self, prompt: Prompt, answer: str, *, episode_id: str) -> float:
         """The dataset's score, or 0 and 1 by the threshold."""
         score_answer, entry = self._scorer(prompt)
-        score = score_answer(answer, entry)
+        seen = answer if is_harmless(prompt.metadata[gym.KEY]["dataset"], answer, entry) else ""
+        try:
+            score = score_answer(seen, entry)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            # Some scorers raise on an answer they cannot parse. If this one can score its own ground truth,
+            # then it works and the answer is unreadable: a wrong one. If not, its failure goes up.
+            score_answer(entry["answer"] or "", entry)
+            score = 0.0
         if self._threshold is None:
             return score
         return float(score >= self._threshold)
@@ -36,8 +44,8 @@ class ReasoningGymVerifier:
         found = prompt.metadata.get(gym.KEY)
         if not isinstance(found, Mapping) or not {"dataset", "entry"} <= found.keys():
             raise RewardError(
-                f"prompt {prompt.id} of task {prompt.task!r} does not come from reasoning-gym: its metadata has "
-                f"no {gym.KEY!r} with dataset and entry",
+                f"prompt {prompt.id} of task {prompt.task!r} does not come from reasoning-gym: its "
+                f"metadata has no {gym.KEY!r} with dataset and entry",
                 hint="use another reward type for this task, or limit this one with `tasks`",
             )
         held = cast("Mapping[str, Any]", found)

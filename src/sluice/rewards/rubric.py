@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,11 +55,15 @@ class Rubric:
         if twice:
             raise RewardError(f"two reward components are called {twice[0]!r}", hint="give each a `name`")
 
-    def check(self, tasks: Iterable[str]) -> None:
-        """Check that every task has a component, and every task that a component names exists.
+    def check(self, tasks: Iterable[str], *, complete: bool = False) -> None:
+        """Check that every task has a component.
+
+        Args:
+            tasks: names of tasks that will be scored.
+            complete: these are all tasks of the run, so a component limited to another one is a mistake.
 
         Raises:
-            RewardError: a task has no component, or a component is limited to a task that nobody has.
+            RewardError: a task has no component, or a component is limited to a task that no prompt has.
         """
         known = set(tasks)
         for task in sorted(known):
@@ -68,7 +73,7 @@ class Rubric:
                     f"no reward component applies to task {task!r}; they are limited to {', '.join(limits)}",
                     hint="add the task to a component's `tasks`, or leave its `tasks` empty",
                 )
-        for component in self._components:
+        for component in self._components if complete else ():
             for task in sorted(component.tasks - known):
                 raise RewardError(
                     f"reward {component.name!r} is limited to task {task!r}, which no prompt has",
@@ -84,12 +89,7 @@ class Rubric:
         for prompt in prompts:
             for component in self._components:
                 if component.applies(prompt.task):
-                    try:
-                        component.verifier.check(prompt)
-                    except RewardError as error:
-                        raise RewardError(
-                            f"reward {component.name!r}: {error.args[0]}", hint=error.hint
-                        ) from error
+                    _check(component, prompt)
 
     async def reward(self, prompt: Prompt, response: str, *, episode_id: str) -> Reward:
         """Every applicable component's score of `response`.
@@ -101,10 +101,15 @@ class Rubric:
         applicable = [component for component in self._components if component.applies(prompt.task)]
         if not applicable:
             self.check([prompt.task])
-        scores = {
-            component.name: await _score(component, prompt, response, episode_id) for component in applicable
-        }
+        scores = {component.name: await _score(component, prompt, response, episode_id) for component in applicable}
         return Reward(scores, {component.name: component.weight for component in applicable})
+
+
+def _check(component: Component, prompt: Prompt) -> None:
+    try:
+        component.verifier.check(prompt)
+    except RewardError as error:
+        raise RewardError(f"reward {component.name!r}: {error.args[0]}", hint=error.hint) from error
 
 
 async def _score(component: Component, prompt: Prompt, response: str, episode_id: str) -> float:
@@ -116,9 +121,7 @@ async def _score(component: Component, prompt: Prompt, response: str, episode_id
         raise VerifierFailure(component.name, prompt.id, f"raised {what}") from error
     score = as_score(value)
     if score is None:
-        raise VerifierFailure(
-            component.name, prompt.id, f"returned {shown(value)}, which is no finite number"
-        )
+        raise VerifierFailure(component.name, prompt.id, f"returned {shown(value)}, which is no finite number")
     return score
 
 
@@ -129,11 +132,10 @@ def extract(pattern: re.Pattern[str] | None, response: str) -> str:
     """
     if pattern is None:
         return response.strip()
-    last: re.Match[str] | None = None
-    for last in pattern.finditer(response):
-        pass
-    if last is None:
+    matches = deque(pattern.finditer(response), maxlen=1)
+    if not matches:
         return ""
+    last = matches[0]
     return ((last.group(1) if pattern.groups else last.group()) or "").strip()
 
 

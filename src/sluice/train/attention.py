@@ -76,9 +76,7 @@ def layout(lengths: Sequence[int], device: torch.device) -> PackLayout:
     edges.append(len(lengths))
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     buckets = tuple(
-        _bucket(lengths[first:last], int(starts[first]), device)
-        for first, last in pairwise(edges)
-        if last > first
+        _bucket(lengths[first:last], int(starts[first]), device) for first, last in pairwise(edges) if last > first
     )
     return PackLayout(buckets, int(starts[-1]), max(lengths, default=0))
 
@@ -171,13 +169,7 @@ def packed_attention(
             hint="this model family is not supported by the torch trainer",
         )
     if softcap is not None or s_aux is not None or attention_mask is not None:
-        asked = (
-            "logit softcapping"
-            if softcap is not None
-            else "attention sinks"
-            if s_aux is not None
-            else "a mask"
-        )
+        asked = "logit softcapping" if softcap is not None else "attention sinks" if s_aux is not None else "a mask"
         raise TrainError(
             f"{name} asks for {asked}, which packed attention does not have",
             hint="this model family is not supported by the torch trainer",
@@ -188,19 +180,17 @@ def packed_attention(
             hint="packed attention has no window; train on samples that fit into it",
         )
     rows = [states[0].transpose(0, 1) for states in (query, key, value)]
-    outputs = [_attend(bucket, *rows, scaling) for bucket in pack.buckets]
+    outputs = [_attend(bucket, rows[0], rows[1], rows[2], scaling) for bucket in pack.buckets]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0), None
 
 
 def _attend(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """One bucket of `[tokens, heads, head_dim]` states; returns `[bucket tokens, heads, head_dim]`."""
-    padded = [_slots(states[bucket.start : bucket.end], bucket) for states in (query, key, value)]
-    output = scaled_dot_product_attention(
-        *padded, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    grouped = query.shape[1] != key.shape[1]
+    query, key, value = (_slots(states[bucket.start : bucket.end], bucket) for states in (query, key, value))
+    output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
     slots = output.transpose(1, 2).reshape(bucket.count * bucket.longest, -1)
     if bucket.gather is not None:
-        assert bucket.scatter is not None and bucket.real is not None  # set together by `_bucket`
         slots = _Unpad.apply(slots, bucket.gather, bucket.scatter, bucket.real)
     return slots.view(bucket.end - bucket.start, query.shape[1], -1)
 

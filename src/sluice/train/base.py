@@ -1,4 +1,4 @@
-"""What the loop asks of a trainer. Nothing here knows an algorithm: a loss is a function that is handed in."""
+"""What the loop asks of a trainer. Nothing here knows an algorithm: the loss is handed in."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Trainer(Protocol):
     """One model in training. Also a `weights.Source`."""
 
     def score(self, samples: Sequence[TrainSample], streams: frozenset[str]) -> list[TrainSample]:
-        """Fill log-prob streams without gradient: `proximal` by the current weights, `reference` by the first.
+        """Fill log-prob streams, no gradient: `proximal` by the current weights, `reference` by the first.
 
         Log-probs are at each token's recorded temperature. Filled are the tokens the policy sampled
         (version >= 0) and those that are trained (weight > 0); all others stay 0. Order is kept.
@@ -100,7 +100,7 @@ class Trainer(Protocol):
         A batch without a trained token changes nothing and comes back as `skipped`.
 
         Raises:
-            TrainError: the loss or gradient is not finite; nothing was updated. The message names the samples.
+            TrainError: loss or gradient are not finite; nothing was updated. The message names the samples.
         """
         ...
 

@@ -57,6 +57,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _add_product(total: Tensor, slope: Tensor, hidden: Tensor) -> None:
+    """total += slopeᵀ · hidden, the sum in the dtype of `total`."""
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.T, hidden)
+    else:
+        total += slope.T @ hidden
+
+
 class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,7 +111,7 @@ class _TokenScores(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[here] = narrow @ weight
             if grad_weight is not None:
-                grad_weight.addmm_(slope.T, hidden[here].to(wide))
+                _add_product(grad_weight, narrow, hidden[here])
             if grad_bias is not None:
                 grad_bias += slope.sum(dim=0)
         return (

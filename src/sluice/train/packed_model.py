@@ -16,7 +16,7 @@ from sluice.train.logprob import TokenScores, token_scores
 from sluice.types import MicroBatch
 
 _PROBE_TOLERANCE = 2e-4
-"""Log-prob error in float32 beyond which a pack is not what its samples are alone. Rounding stays far below."""
+"""Log-prob error in float32 beyond which a pack is not what its samples are alone; rounding is far below."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,8 +52,8 @@ def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device) -> Pa
         sample = micro.samples[int(np.searchsorted(micro.cu_seqlens, wrong[0], side="right")) - 1]
         if positions[wrong[0]] == 0:
             raise TrainError(
-                f"the first token of segment {sample.segment} of episode {sample.episode_id} is to be trained, but "
-                "no token before it predicts it",
+                f"the first token of segment {sample.segment} of episode {sample.episode_id} is to be trained, "
+                "but no token before it predicts it",
                 hint="a segment begins with at least one observed token, such as the prompt or a BOS token",
             )
         raise TrainError(
@@ -84,9 +84,7 @@ class PackedModel:
 
     def scores(self, pack: Pack) -> TokenScores:
         """Log-prob and entropy of the tokens in `pack.index`, shape `[scored]`; with gradient if enabled."""
-        output = self._backbone(
-            input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack.layout
-        )
+        output = self._backbone(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack.layout)
         hidden: Tensor = output.last_hidden_state[0]
         head = output_head(self.model)
         return token_scores(
@@ -113,16 +111,13 @@ def probe(packed: PackedModel) -> None:
     vocabulary = output_head(model).weight.shape[0]
     device = next(model.parameters()).device
     samples = [
-        torch.arange(start, start + length, device=device) * 7 % vocabulary
-        for start, length in ((1, 6), (3, 4))
+        torch.arange(start, start + length, device=device) * 7 % vocabulary for start, length in ((1, 6), (3, 4))
     ]
     ids = torch.cat(samples)
     positions = torch.cat([torch.arange(len(sample), device=device) for sample in samples])
     index = torch.nonzero(positions).squeeze(1)
     lengths = [len(sample) for sample in samples]
-    pack = Pack(
-        ids[None], positions[None], layout(lengths, device), index, torch.ones(len(index), device=device)
-    )
+    pack = Pack(ids[None], positions[None], layout(lengths, device), index, torch.ones(len(index), device=device))
     ours = packed.scores(pack).logprob
     model.set_attn_implementation("eager")
     alone = [model(input_ids=sample[None], use_cache=False).logits[0, :-1].float() for sample in samples]
@@ -136,7 +131,7 @@ def probe(packed: PackedModel) -> None:
     error = float((ours - theirs).abs().max())
     if not error <= _PROBE_TOLERANCE:
         raise TrainError(
-            f"{type(model).__name__} gives other log-probs in a pack than alone (largest difference {error:.2g}): "
-            "it scales or caps its logits, mixes the samples of a pack, or has an attention of its own",
+            f"{type(model).__name__} gives other log-probs in a pack than alone (they differ by {error:.2g}): it "
+            "scales or caps its logits, mixes the samples of a pack, or has an attention of its own",
             hint="this model family is not supported by the torch trainer",
         )

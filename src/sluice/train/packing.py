@@ -11,43 +11,48 @@ from sluice.errors import TrainError
 from sluice.types import MicroBatch, Normaliser, TrainBatch, TrainSample, loss_scales
 
 
+def assign(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """First-fit decreasing: longest first, each into the first micro-batch with room for it.
+
+    Deterministic: equal lengths keep their order. At most 11/9 · optimum + 6/9 micro-batches (Dósa 2007).
+
+    Args:
+        lengths: tokens of each sample, at most `budget` each.
+        budget: tokens of one micro-batch.
+
+    Returns:
+        Indices into `lengths` of each micro-batch, long samples first, so that attention can take
+        neighbours together.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        at = next((number for number, free in enumerate(room) if free >= lengths[index]), len(bins))
+        if at == len(bins):
+            bins.append([])
+            room.append(budget)
+        bins[at].append(index)
+        room[at] -= lengths[index]
+    return bins
+
+
 def pack(
     samples: Sequence[TrainSample], *, budget: int, scales: Sequence[NDArray[np.float64]]
 ) -> tuple[MicroBatch, ...]:
-    """First-fit decreasing: longest sample first, each into the first micro-batch with room for it.
-
-    Deterministic: equal lengths keep their order. At most 11/9 · optimum + 6/9 micro-batches (Dósa 2007).
-    Inside a micro-batch samples stand from long to short, so that attention can take neighbours together.
+    """Micro-batches of at most `budget` tokens, without padding; see `assign` for the order.
 
     Args:
-        samples: samples of one optimizer step; empty ones (no tokens) are refused.
+        samples: samples of one optimizer step.
         budget: tokens of one micro-batch.
         scales: loss factors of each sample, float64 `[len(sample)]`, as `loss_scales` returns them.
 
     Raises:
         TrainError: a sample is longer than the budget, or has no tokens.
     """
-    order = sorted(range(len(samples)), key=lambda index: -len(samples[index]))
-    if order:
-        check_fits(samples[order[0]], budget)
-        if not len(samples[order[-1]]):
-            raise TrainError(
-                f"segment {samples[order[-1]].segment} of episode {samples[order[-1]].episode_id} has no tokens",
-                hint="an episode without tokens cannot be trained; give it an outcome that does not count",
-            )
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for index in order:
-        length = len(samples[index])
-        at = next((number for number, room in enumerate(free) if room >= length), len(bins))
-        if at == len(bins):
-            bins.append([])
-            free.append(budget)
-        bins[at].append(index)
-        free[at] -= length
+    check_fit(samples, budget)
     return tuple(
         MicroBatch(tuple(samples[i] for i in members), np.concatenate([scales[i] for i in members]))
-        for members in bins
+        for members in assign([len(sample) for sample in samples], budget)
     )
 
 
@@ -64,19 +69,23 @@ def make_batch(
     Raises:
         TrainError: a sample is longer than the budget.
     """
-    return TrainBatch(
-        pack(samples, budget=budget, scales=loss_scales(samples, normaliser, constant=constant))
-    )
+    return TrainBatch(pack(samples, budget=budget, scales=loss_scales(samples, normaliser, constant=constant)))
 
 
-def check_fits(sample: TrainSample, budget: int) -> None:
-    """Raise TrainError, with the sizes and the key to change, when a sample is longer than the budget."""
-    if len(sample) > budget:
-        raise TrainError(
-            f"segment {sample.segment} of episode {sample.episode_id} has {len(sample)} tokens, more than the "
-            f"{budget} of a micro-batch",
-            hint=f"set train.micro_batch_tokens to {len(sample)} or more, or lower rollout.sampling.max_new_tokens",
-        )
+def check_fit(samples: Sequence[TrainSample], budget: int) -> None:
+    """Raise TrainError for the first sample that is longer than the budget or has no tokens."""
+    for sample in samples:
+        name = f"segment {sample.segment} of episode {sample.episode_id}"
+        if len(sample) > budget:
+            raise TrainError(
+                f"{name} has {len(sample)} tokens, more than the {budget} of a micro-batch",
+                hint=f"set train.micro_batch_tokens to {len(sample)} or more, or lower rollout.sampling.max_new_tokens",
+            )
+        if len(sample) == 0:
+            raise TrainError(
+                f"{name} has no tokens",
+                hint="an episode without tokens cannot be trained; give it an outcome that does not count",
+            )
 
 
 def packing_efficiency(micro_batches: Sequence[MicroBatch], budget: int) -> float:

@@ -10,9 +10,9 @@ from sluice.config.train import OptimizerConfig
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
     """Rate of optimizer step `step`, counted from 0.
 
-    Warm-up: lr · (step + 1) / warmup_steps, so that step `warmup_steps - 1` runs at the peak. Afterwards, with
-    progress p from 0 at the first step after the warm-up to 1 at the last of `total_steps` (and beyond it):
-    constant: lr; linear: lr · (1 - (1 - f) p); cosine: lr · (f + (1 - f) (1 + cos πp) / 2); f = final_lr_ratio.
+    Warm-up: lr · (step + 1) / warmup_steps, so that step `warmup_steps - 1` runs at the peak. Afterwards p goes
+    from 0 at the first step after the warm-up to 1 at the last of `total_steps` (and stays 1), and with
+    f = final_lr_ratio: constant lr; linear lr · (1 - (1 - f) p); cosine lr · (f + (1 - f) (1 + cos πp) / 2).
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

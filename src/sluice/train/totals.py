@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,9 +36,7 @@ class MicroResult:
     metrics: Mapping[str, Tensor]
 
 
-def run_loss(
-    micro: MicroBatch, packed: Pack, scores: TokenScores, loss: Loss, streams: frozenset[str]
-) -> MicroResult:
+def run_loss(micro: MicroBatch, packed: Pack, scores: TokenScores, loss: Loss, streams: frozenset[str]) -> MicroResult:
     """Hand the micro-batch to `loss` and add up its tokens, each with the scale it was given.
 
     `scores` are those of the trained tokens, `packed.index`. Only these enter the sum: what a loss returns
@@ -79,12 +77,8 @@ def _loss_inputs(micro: MicroBatch, packed: Pack, scores: TokenScores, streams: 
     numbers: dict[str, int] = {}
     episodes = [numbers.setdefault(sample.episode_id, len(numbers)) for sample in micro.samples]
     return LossInputs(
-        logprobs=torch.zeros(micro.num_tokens, device=device, dtype=dtype).index_copy(
-            0, packed.index, scores.logprob
-        ),
-        entropy=torch.zeros(micro.num_tokens, device=device, dtype=dtype).index_copy(
-            0, packed.index, scores.entropy
-        ),
+        logprobs=torch.zeros(micro.num_tokens, device=device, dtype=dtype).index_copy(0, packed.index, scores.logprob),
+        entropy=torch.zeros(micro.num_tokens, device=device, dtype=dtype).index_copy(0, packed.index, scores.entropy),
         streams=tensors,
         weight=tensors["weight"],
         sequence=torch.from_numpy(np.repeat(np.arange(len(micro.samples)), micro.lengths)).to(device),
@@ -103,7 +97,7 @@ class StepTotals:
         self.streams: frozenset[str] = frozenset(set.intersection(*names)) if names else frozenset()
 
     def add(self, micro: MicroBatch, result: MicroResult) -> None:
-        self._parts.append((micro, result))
+        self._parts.append((micro, replace(result, loss=result.loss.detach())))
 
     def stats(self, *, grad_norm: float, lr: float) -> StepStats:
         """Means over the trained tokens of the whole step."""
@@ -111,15 +105,11 @@ class StepTotals:
         names = {name: None for result in results for name in result.metrics}
         logprobs = _numpy([result.logprobs for result in results])
         trained = [micro.stream("weight") > 0 for micro, _ in self._parts]
-        versions = np.concatenate(
-            [m.stream("version")[t] for (m, _), t in zip(self._parts, trained, strict=True)]
-        )
+        versions = np.concatenate([m.stream("version")[t] for (m, _), t in zip(self._parts, trained, strict=True)])
         compared = versions >= 0
         mismatch = None
         if "behaviour" in self.streams and compared.any():
-            engine = np.concatenate(
-                [m.stream("behaviour")[t] for (m, _), t in zip(self._parts, trained, strict=True)]
-            )
+            engine = np.concatenate([m.stream("behaviour")[t] for (m, _), t in zip(self._parts, trained, strict=True)])
             mismatch = measure_mismatch(logprobs[compared], engine[compared])
         return StepStats(
             loss=float(sum(float(result.loss) for result in results)),
@@ -151,14 +141,14 @@ class StepTotals:
         if culprits:
             return TrainError(
                 f"the loss is not finite in {_some(list(culprits))}; nothing was updated",
-                hint="look at advantage, behaviour and proximal of these episodes with `sluice episodes`; infinite "
-                "log-probs or advantages come from the reward or the engine, not from the model",
+                hint="look at these episodes with `sluice episodes`: an infinite advantage comes from the reward, "
+                "infinite behaviour log-probs from the engine, and if both are finite the model has diverged",
             )
         everyone = [f"segment {s.segment} of episode {s.episode_id}" for s in self._batch.samples]
         return TrainError(
-            f"every token's loss is finite but the gradient is not; nothing was updated. Trained: {_some(everyone)}",
-            hint="the model has diverged: resume from the last checkpoint with a lower train.optimizer.lr, or "
-            "train.dtype = 'float32'",
+            f"the loss is finite but its gradient is not; nothing was updated. Trained: {_some(everyone)}",
+            hint="the model has diverged: resume from the last checkpoint with a lower train.optimizer.lr, "
+            "or train.dtype = 'float32'",
         )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -22,8 +22,6 @@ from typing import Any
 
 class Placeholder(ModuleType):
     """A module that has everything: capitalised attributes are classes, the others placeholders again."""
-
-    __path__: Sequence[str] = ()  # a package, so that its submodules can be imported
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -49,7 +47,7 @@ class PlaceholderFinder(MetaPathFinder, Loader):
         packages: top-level name → what sets the attributes whose values matter, called once per module.
     """
 
-    def __init__(self, packages: dict[str, Callable[[ModuleType], None]]) -> None:
+    def __init__(self, packages: dict[str, Callable[[Any], None]]) -> None:
         self.packages = packages
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -64,22 +62,23 @@ class PlaceholderFinder(MetaPathFinder, Loader):
         self.packages[module.__name__.partition(".")[0]](module)
 
 
-def fill_triton(module: ModuleType) -> None:
+def fill_triton(module: Any) -> None:
     if module.__name__ == "triton":
-        module.__version__ = "3.0.0"
+        module.__version__ = "3.0.0"  # torch reads it: AttributeError without
 
         class Config:
             def __init__(self, kwargs: Any = None, num_warps: int = 4, num_stages: int = 2, **extra: Any) -> None:
                 self.kwargs, self.num_warps, self.num_stages = kwargs, num_warps, num_stages
 
-        module.Config = Config
+        module.Config = Config  # called with arguments while kernels are defined: TypeError without
 
 
-def fill_torchvision(module: ModuleType) -> None:
+def fill_torchvision(module: Any) -> None:
     if module.__name__ == "torchvision":
-        module.__version__ = "0.28.0"
+        module.__version__ = "0.28.0"  # transformers parses it: InvalidVersion without
     if module.__name__ == "torchvision.transforms":
         modes = ("NEAREST", "NEAREST_EXACT", "BILINEAR", "BICUBIC", "BOX", "HAMMING", "LANCZOS")
+        # transformers maps the members at import: AttributeError without
         module.InterpolationMode = enum.Enum("InterpolationMode", {mode: mode.lower() for mode in modes})
 
 

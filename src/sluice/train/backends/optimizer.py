@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -39,9 +39,7 @@ class MasterOptimizer:
         self._total_steps = total_steps
         self._model = dict(parameters)
         self._masters = {
-            name: torch.nn.Parameter(masters[name].to(p.device, torch.float32, copy=True))
-            if name in masters
-            else p
+            name: torch.nn.Parameter(masters[name].to(p.device, torch.float32, copy=True)) if name in masters else p
             for name, p in parameters.items()
         }
         for name in masters:
@@ -142,7 +140,7 @@ class MasterOptimizer:
         self.steps_done = steps_done
 
 
-def _collector(master: torch.nn.Parameter):  # noqa: ANN202
+def _collector(master: torch.nn.Parameter) -> Callable[[Tensor], None]:
     """A hook that moves a fresh bfloat16 gradient into the float32 one of its master."""
 
     def collect(parameter: Tensor) -> None:

@@ -17,9 +17,7 @@ from sluice.errors import CheckpointError
 
 _TENSORS, _COUNTERS = "optimizer.safetensors", "trainer.json"
 _RNG = "rng/"
-_NOT_ARCHITECTURE = frozenset(
-    {"_name_or_path", "transformers_version", "dtype", "architectures", "use_cache"}
-)
+_NOT_ARCHITECTURE = frozenset({"_name_or_path", "transformers_version", "dtype", "architectures", "use_cache"})
 _TOKENIZER_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model"})
 
 
@@ -69,8 +67,8 @@ def check_same_architecture(folder: Path, config: PretrainedConfig) -> None:
     for field in ("model_type", *sorted(ours.keys() & saved.keys())):
         if field not in _NOT_ARCHITECTURE and saved.get(field) != ours.get(field):
             raise CheckpointError(
-                f"the checkpoint's model is of another architecture: {field} is {saved.get(field)!r} in {folder} "
-                f"and {ours.get(field)!r} in this run",
+                f"the model in {folder} is of another architecture: its {field} is {saved.get(field)!r}, "
+                f"that of this run is {ours.get(field)!r}",
                 hint="resume with the model the run was started with, or start a new run",
             )
 

@@ -25,9 +25,9 @@ from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
 from sluice.train.base import Loss, StepStats
 from sluice.train.packed_model import PackedModel, make_pack, probe
-from sluice.train.packing import pack
+from sluice.train.packing import assign, check_fit
 from sluice.train.totals import MicroResult, StepTotals, run_loss
-from sluice.types import TrainBatch, TrainSample
+from sluice.types import MicroBatch, TrainBatch, TrainSample
 
 SCORED_STREAMS = frozenset({"proximal", "reference"})
 """Streams this trainer can fill."""
@@ -68,7 +68,7 @@ class TorchTrainer:
             model = exact
         else:
             model = load_model(model_folder, dtype=config.dtype, attn_implementation=PACKED_ATTENTION)
-        self.model: PreTrainedModel = model.to(self._device)
+        self.model = _to(model, self._device)
         if config.activation_checkpointing:
             _checkpoint_activations(model)
         self._packed = PackedModel(model, chunk=config.logprob_chunk)
@@ -99,24 +99,23 @@ class TorchTrainer:
     def _logprobs(self, model: PackedModel, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Log-probs of sampled and trained tokens, one float32 array `[len(sample)]` each."""
         results = [np.zeros(len(sample), np.float32) for sample in samples]
-        # Numbered, because a micro-batch holds its samples in another order: the scales carry the numbers.
-        numbers = [np.full(len(sample), float(number)) for number, sample in enumerate(samples)]
-        for micro in pack(samples, budget=self._config.micro_batch_tokens, scales=numbers):
+        check_fit(samples, self._config.micro_batch_tokens)
+        for members in assign([len(sample) for sample in samples], self._config.micro_batch_tokens):
+            lengths = [len(samples[index]) for index in members]
+            micro = MicroBatch(tuple(samples[index] for index in members), np.zeros(sum(lengths)))
             scored = (micro.stream("version") >= 0) | (micro.stream("weight") > 0)
             values = np.zeros(micro.num_tokens, np.float32)
             if scored.any():
-                values[scored] = (
-                    model.scores(make_pack(micro, scored, self._device)).logprob.float().cpu().numpy()
-                )
-            for start, end in zip(micro.cu_seqlens[:-1], micro.cu_seqlens[1:], strict=True):
-                results[int(micro.scales[start])] = values[start:end]
+                values[scored] = model.scores(make_pack(micro, scored, self._device)).logprob.float().cpu().numpy()
+            for index, part in zip(members, np.split(values, micro.cu_seqlens[1:-1]), strict=True):
+                results[index] = part
         return results
 
     def _reference_model(self) -> PackedModel:
         if self._reference is None:
             model = load_model(self._folder, dtype=self._config.dtype, attn_implementation=PACKED_ATTENTION)
             model.requires_grad_(False)
-            self._reference = PackedModel(model.to(self._device), chunk=self._config.logprob_chunk)
+            self._reference = PackedModel(_to(model, self._device), chunk=self._config.logprob_chunk)
         return self._reference
 
     # ── training ────────────────────────────────────────────────────────────────────────────────────────
@@ -198,6 +197,11 @@ class TorchTrainer:
         self.optimizer.load_state(tensors, steps_done)
         for name, parameter in self.model.named_parameters():
             parameter.copy_(parameters[name])
+
+
+def _to(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    torch.nn.Module.to(model, device)  # transformers' own override is typed as a plain function
+    return model
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

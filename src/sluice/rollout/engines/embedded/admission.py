@@ -25,9 +25,7 @@ def context_length(wanted: int | None, own: int | None, model: str) -> int:
         EngineError: neither is known, or more is wanted than the model can do.
     """
     if wanted is None and own is None:
-        raise EngineError(
-            f"the config of {model} names no context length", hint="set rollout.embedded.context_length"
-        )
+        raise EngineError(f"the config of {model} names no context length", hint="set rollout.embedded.context_length")
     if wanted is not None and own is not None and wanted > own:
         raise EngineError(
             f"a context length of {wanted} is more than the {own} of {model}",

@@ -83,9 +83,7 @@ class EmbeddedEngine:
         )
         self._weights = named_weights(model)
         self._limits = Limits(
-            context_length=context_length(
-                config.context_length, self._runner.context_length, self._runner.name
-            ),
+            context_length=context_length(config.context_length, self._runner.context_length, self._runner.name),
             kv_tokens=num_blocks * config.block_tokens,
             vocab_size=self._runner.vocab_size,
             stop_strings=tokenizer is not None,
@@ -281,9 +279,7 @@ class EmbeddedEngine:
         chunks = self._scheduler.schedule()
         logits = self._runner.forward(chunks, self._scheduler.table)
         drawing = [chunk.seq for chunk in chunks if chunk.draws]
-        prefilled = (
-            chunk for chunk in chunks if chunk.end - chunk.start > 1 or chunk.start < chunk.seq.context
-        )
+        prefilled = (chunk for chunk in chunks if chunk.end - chunk.start > 1 or chunk.start < chunk.seq.context)
         self._counts["steps"] += 1
         self._counts["prefill_tokens"] += sum(chunk.end - chunk.start for chunk in prefilled)
         self._counts["generated_tokens"] += len(drawing)

@@ -49,7 +49,7 @@ def engine_model(model: PreTrainedModel | Path | str, *, dtype: DType = "float32
         except (OSError, ValueError) as error:
             raise EngineError(f"no model can be read from {model}: {error}") from error
     config = copy.deepcopy(model.config)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         fresh = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
     fresh.load_state_dict(model.state_dict())
     return fresh
@@ -185,19 +185,13 @@ class Runner:
         """Refuse what a short probe cannot see: windows and chunks longer than it."""
         kinds = {str(kind) for kind in getattr(self.config, "layer_types", None) or ()} - {"full_attention"}
         window = getattr(self.config, "sliding_window", None)
-        if (
-            window
-            and getattr(self.config, "use_sliding_window", True)
-            and not hasattr(self.config, "layer_types")
-        ):
+        if window and getattr(self.config, "use_sliding_window", True) and not hasattr(self.config, "layer_types"):
             kinds.add("sliding_attention")
         if kinds:
             raise self._refusal(f"has layers of {', '.join(sorted(kinds))}")
         if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
             raise self._refusal("takes no logits_to_keep")
-        if not getattr(self.config, "num_hidden_layers", None) or not getattr(
-            self.config, "num_attention_heads", None
-        ):
+        if not getattr(self.config, "num_hidden_layers", None) or not getattr(self.config, "num_attention_heads", None):
             raise self._refusal("names no layers or attention heads in its config")
 
     def _refusal(self, why: str) -> EngineError:
@@ -234,9 +228,7 @@ class Runner:
             raise self._refusal(f"does not work with paged attention ({error})") from error
         error = float((paged.float() - own.float()).abs().max() / own.float().abs().max().clamp_min(1e-6))
         if not error <= PROBE_TOLERANCE.get(dtype, 0.1):
-            raise self._refusal(
-                f"differs from itself by {error:.2g} of the largest logit when attention is paged"
-            )
+            raise self._refusal(f"differs from itself by {error:.2g} of the largest logit when attention is paged")
         for layer in self.cache.layers:
             layer.zero_()
 

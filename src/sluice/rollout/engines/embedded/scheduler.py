@@ -54,9 +54,7 @@ class Scheduler:
         table: block ids of the running sequences, shape `[max_running, blocks of the longest sequence]`.
     """
 
-    def __init__(
-        self, pool: BlockPool, *, max_running: int, prefill_tokens: int, context_length: int
-    ) -> None:
+    def __init__(self, pool: BlockPool, *, max_running: int, prefill_tokens: int, context_length: int) -> None:
         self.pool = pool
         self.max_running = max_running
         self.prefill_tokens = prefill_tokens

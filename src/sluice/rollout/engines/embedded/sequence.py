@@ -82,8 +82,7 @@ class Sequence:
             ids=np.asarray(self.tokens[self.context :], dtype=np.int32),
             logprobs=np.asarray(self.logprobs, dtype=np.float32),
             spans=tuple(
-                VersionSpan(start, end, version)
-                for (start, version), end in zip(self.spans, starts[1:], strict=True)
+                VersionSpan(start, end, version) for (start, version), end in zip(self.spans, starts[1:], strict=True)
             ),
             finish=finish,
             sampled_logprobs=None if self.plain else np.asarray(self.sampled_logprobs, dtype=np.float32),

@@ -58,9 +58,7 @@ class StopText:
         return any(text in searched for text in self._stop)
 
     def _text(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(
-            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def stop_text(sampling: SamplingParams, tokenizer: Decoder | None, start: int) -> StopText | None:

@@ -1,0 +1,50 @@
+# Every target does its own set-up: on a fresh clone `make demo` or `make test` is all there is to do.
+# The environment is made once from requirements.lock; its stamp names the lock, so a second run starts at once.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+STAMP := $(VENV)/.stamp-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
+
+.PHONY: help setup demo test test-all check format clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make the environment (the other targets do it themselves)
+
+$(STAMP):
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is not installed; name another: make PYTHON=python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11" >&2; exit 1; }
+	@echo "make: installing requirements.lock into $(VENV); once, a few minutes"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --requirement requirements.lock
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.stamp-*
+	@touch $@
+
+demo: setup ## Train the demo from scratch on the CPU
+	$(VENV)/bin/sluice train recipes/demo.py --overwrite
+
+test: setup ## Run the tests that take seconds
+	$(RUN) -m pytest -q -m "not slow"
+
+test-all: setup ## Run every test; installs SGLang (CPU) for the engine tests
+	PYTHON=$(PYTHON) scripts/install_sglang_cpu.sh
+	$(RUN) -m pytest -q
+
+check: setup ## Formatting, lint, types, import layers
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright
+	$(RUN) -m pytest -q tests/unit/test_layers.py
+
+format: setup ## Format the code and apply safe fixes
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean: ## Remove the environment, build output and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find src tests recipes examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+"""Packs hold every sample once, keep to the budget, and name what does not fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from train_cases import make_samples
+
+from sluice.errors import TrainError
+from sluice.train.packing import assign, make_batch, pack, packing_efficiency
+from sluice.types import Normaliser, loss_scales
+
+
+@given(st.lists(st.integers(1, 50), max_size=80), st.integers(50, 120))
+def test_assign_is_a_partition_within_the_budget(lengths: list[int], budget: int) -> None:
+    bins = assign(lengths, budget)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    for members in bins:
+        packed = [lengths[index] for index in members]
+        assert sum(packed) <= budget
+        assert packed == sorted(packed, reverse=True)
+    assert bins == assign(lengths, budget)
+    # First fit: what opened a micro-batch had no room in an earlier one, so no two are half empty.
+    loads = [sum(lengths[index] for index in members) for members in bins]
+    assert all(a + b > budget for a, b in zip(loads, loads[1:], strict=False))
+
+
+def test_scales_travel_with_their_samples() -> None:
+    samples = make_samples([5, 9, 3, 20])
+    batch = make_batch(samples, budget=20, normaliser=Normaliser.EPISODE)
+    wanted = dict(zip([s.key for s in samples], loss_scales(samples, Normaliser.EPISODE), strict=True))
+    for micro in batch.micro_batches:
+        for sample, scales in zip(micro.samples, np.split(micro.scales, micro.cu_seqlens[1:-1]), strict=True):
+            np.testing.assert_array_equal(scales, wanted[sample.key])
+
+
+def test_efficiency() -> None:
+    samples = make_samples([20, 12, 8, 7])
+    scales = loss_scales(samples, Normaliser.TOKEN)
+    assert packing_efficiency(pack(samples, budget=20, scales=scales), 20) == 1.0
+    assert packing_efficiency(pack(samples, budget=24, scales=scales), 24) == 47 / (24 + 23)
+    assert packing_efficiency((), 24) == 1.0
+
+
+def test_too_long_and_empty_samples_are_named() -> None:
+    samples = make_samples([5, 9])
+    with pytest.raises(TrainError, match=r"segment 1 of episode e0 has 9 tokens.*\n.*train.micro_batch_tokens to 9"):
+        make_batch(samples, budget=8, normaliser=Normaliser.TOKEN)
+    empty = type(samples[0])("e9", "g", 0, samples[0].ids[:0], {n: v[:0] for n, v in samples[0].streams.items()})
+    with pytest.raises(TrainError, match="e9 has no tokens"):
+        make_batch([empty], budget=8, normaliser=Normaliser.TOKEN)
+    assert make_batch([], budget=8, normaliser=Normaliser.TOKEN).micro_batches == ()

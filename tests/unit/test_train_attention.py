@@ -1,0 +1,125 @@
+"""A pack is what its samples are alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from train_cases import make_samples, padded_logprobs, plain_model, scratch
+
+from sluice.errors import TrainError
+from sluice.models.build import load_model
+from sluice.train.attention import PACKED_ATTENTION, layout, packed_attention
+from sluice.train.packed_model import PackedModel, make_pack, probe
+from sluice.types import MicroBatch
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4},
+}
+del FAMILIES["qwen2"]["num_key_value_heads"]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    extra = dict(FAMILIES[request.param])
+    return scratch(tmp_path_factory.mktemp(request.param), **extra)
+
+
+def _scores(model: PackedModel, samples: list[Any]) -> torch.Tensor:
+    micro = MicroBatch(tuple(samples), np.zeros(sum(map(len, samples))))
+    return model.scores(make_pack(micro, micro.stream("weight") > 0, CPU)).logprob
+
+
+@pytest.mark.parametrize("lengths", [[9], [6, 6, 6], [40, 12, 7, 2], [7, 300, 2, 31]])
+def test_packed_equals_alone_and_plain_transformers(folder: Path, lengths: list[int]) -> None:
+    model = PackedModel(load_model(folder, dtype="float32", attn_implementation=PACKED_ATTENTION).double(), chunk=50)
+    samples = make_samples(lengths)
+    packed = _scores(model, samples)
+    alone = torch.cat([_scores(model, [sample]) for sample in samples])
+    torch.testing.assert_close(packed, alone, atol=1e-10, rtol=0)
+    plain = padded_logprobs(plain_model(folder, torch.float32).double(), samples)
+    trained = [values[torch.from_numpy(s.trained)] for values, s in zip(plain, samples, strict=True)]
+    torch.testing.assert_close(packed, torch.cat(trained).to(packed.dtype), atol=1e-6, rtol=0)
+
+
+def test_packed_equals_alone_in_float32(tmp_path: Path) -> None:
+    """At the usual scale of initial weights, where log-probs are of order 4, float32 agrees to 1e-6."""
+    folder = scratch(tmp_path, initializer_range=0.02)
+    model = PackedModel(load_model(folder, dtype="float32", attn_implementation=PACKED_ATTENTION), chunk=50)
+    samples = make_samples([40, 12, 7, 2])
+    alone = torch.cat([_scores(model, [sample]) for sample in samples])
+    torch.testing.assert_close(_scores(model, samples), alone, atol=1e-6, rtol=0)
+    plain = padded_logprobs(plain_model(folder, torch.float32), samples)
+    trained = torch.cat([v[torch.from_numpy(s.trained)] for v, s in zip(plain, samples, strict=True)])
+    torch.testing.assert_close(alone, trained, atol=1e-6, rtol=0)
+
+
+def test_no_token_sees_another_sample(folder: Path) -> None:
+    model = PackedModel(load_model(folder, dtype="float32", attn_implementation=PACKED_ATTENTION), chunk=50)
+    first, second = make_samples([20, 14])
+    other = make_samples([20, 14], seed=5)[0]
+    count = second.num_trained_tokens
+    assert torch.equal(_scores(model, [first, second])[-count:], _scores(model, [other, second])[-count:])
+
+
+def test_layout_buckets() -> None:
+    same = layout([4, 4, 4], CPU)
+    assert [(b.start, b.end, b.gather) for b in same.buckets] == [(0, 12, None)]
+    mixed = layout([2000, 30, 20, 10], CPU)
+    assert [(b.start, b.end, b.count, b.longest) for b in mixed.buckets] == [(0, 2000, 1, 2000), (2000, 2060, 3, 30)]
+    bucket = mixed.buckets[1]
+    assert bucket.scatter is not None
+    assert bucket.gather is not None
+    assert torch.equal(bucket.gather[bucket.scatter], torch.arange(60))
+    assert int(bucket.gather.max()) == 59
+
+
+def test_padding_passes_gradients_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        torch.randn(1, heads, 9, 4, generator=generator, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2)
+    ]
+    module = torch.nn.Module()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return packed_attention(module, q, k, v, None, pack=layout([4, 3, 2], CPU))[0]
+
+    assert torch.autograd.gradcheck(attend, states)
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        ({"pack": None}, "did not pass on"),
+        ({"softcap": 30.0}, "logit softcapping"),
+        ({"s_aux": torch.ones(2)}, "attention sinks"),
+        ({"sliding_window": 4}, "sliding window of Module is 4"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(extra: dict[str, Any], says: str) -> None:
+    q = torch.zeros(1, 2, 5, 4)
+    with pytest.raises(TrainError, match=says):
+        packed_attention(torch.nn.Module(), q, q, q, None, **{"pack": layout([5], CPU), **extra})
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"model_type": "granite", "logits_scaling": 3.0},
+        {"model_type": "gemma2", "final_logit_softcapping": 2.0, "attn_logit_softcapping": None},
+        {"model_type": "cohere", "head_dim": None, "logit_scale": 0.2},
+    ],
+)
+def test_probe_finds_heads_that_are_not_linear(family: dict[str, Any], tmp_path: Path) -> None:
+    given = {name: value for name, value in family.items() if value is not None or name != "head_dim"}
+    scratch(tmp_path, **given)
+    model = load_model(tmp_path, dtype="float32", attn_implementation=PACKED_ATTENTION)
+    with pytest.raises(TrainError, match="gives other log-probs in a pack than alone"):
+        probe(PackedModel(model, chunk=8))
