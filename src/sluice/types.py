@@ -190,9 +190,16 @@ class Turn:
 
     def __post_init__(self) -> None:
         n = len(self.ids)
+        for name, values, dtype in (
+            ("ids", self.ids, np.int32),
+            ("logprobs", self.logprobs, np.float32),
+            ("sampled_logprobs", self.sampled_logprobs, np.float32),
+        ):
+            if values is not None and (values.dtype != dtype or values.ndim != 1):
+                raise ValueError(f"{name} of a turn are {values.dtype} of shape {values.shape}, not {dtype.__name__} [n]")
         if self.author is Author.OBSERVED:
-            if self.logprobs is not None or self.spans or self.sampling is not None:
-                raise ValueError("an observed turn has neither log-probs, versions nor sampling parameters")
+            if self.logprobs is not None or self.spans or self.sampling is not None or self.finish:
+                raise ValueError("an observed turn has no log-probs, versions, sampling parameters or finish")
             return
         if self.logprobs is None or len(self.logprobs) != n:
             raise ValueError(f"a sampled turn of {n} tokens needs {n} log-probs")

@@ -102,7 +102,7 @@ def test_results_do_not_depend_on_the_batch(kind: str):
 )
 def test_other_sizes_do_not_depend_on_the_batch_either(sizes: dict[str, int]):
     model = tiny(**sizes)
-    asked = mixed(24)
+    asked = [request(f"r{n}", ids, noise=n, max_new_tokens=50) for n, ids in enumerate(prompts(16))]
     together, engine, tight = run_all(make(model), asked), make(model), make(model, kv_tokens=256)
     same(together, [run_all(engine, [one])[0] for one in asked])
     same(together, run_all(tight, asked))  # here drawn tokens are prefilled again

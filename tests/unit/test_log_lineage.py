@@ -21,15 +21,15 @@ def log(*records: Record) -> list[Entry]:
 
 
 def finished(id: str) -> EpisodeRecord:
-    return EpisodeRecord(Episode(id, "g", Prompt("p", "calc", ()), (), Outcome.COMPLETED))
+    return EpisodeRecord(Episode(id, "g000001", Prompt("p", "calc", ()), (), Outcome.COMPLETED))
 
 
 def trained(id: str, step: int) -> DispositionRecord:
-    return DispositionRecord(id, "g", Disposition.TRAINED, step)
+    return DispositionRecord(id, "g000001", Disposition.TRAINED, step)
 
 
 def excluded(id: str) -> DispositionRecord:
-    return DispositionRecord(id, "g", Disposition.EXCLUDED, reason="infra_failure")
+    return DispositionRecord(id, "g000001", Disposition.EXCLUDED, reason="infra_failure")
 
 
 def test_a_run_without_a_resume() -> None:
@@ -105,5 +105,6 @@ def test_logging_twice_is_found() -> None:
 
 
 def test_episodes_of_an_evaluation_need_no_disposition() -> None:
-    found = account(log(finished("v1"), EvalRecord(5, Version(5), {"pass@1": 1.0}, ("v1",))))
+    asked = EpisodeRecord(Episode("v1", "eval-000005", Prompt("p", "calc", ()), (), Outcome.COMPLETED))
+    found = account(log(asked, asked, EvalRecord(5, Version(5), {"pass@1": 1.0}, ("v1",))))
     assert found.complete

@@ -40,7 +40,7 @@ def test_efficiency() -> None:
     samples = make_samples([20, 12, 8, 7])
     scales = loss_scales(samples, Normaliser.TOKEN)
     assert packing_efficiency(pack(samples, budget=20, scales=scales), 20) == 1.0
-    assert packing_efficiency(pack(samples, budget=24, scales=scales), 24) == 47 / (24 + 23)
+    assert packing_efficiency(pack(samples, budget=24, scales=scales), 24) == 47 / (24 + 24 + 7)
     assert packing_efficiency((), 24) == 1.0
 
 

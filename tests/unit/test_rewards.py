@@ -88,7 +88,7 @@ def test_components_weights_and_tasks() -> None:
 def test_check_names_the_task_without_component() -> None:
     rubric = Rubric([ExactReward(tasks=("maze",)), NumericReward(tasks=("chain_sum",))])
     rubric.check(["maze"])
-    with pytest.raises(RewardError, match="no reward component applies to task 'calc'.*limited to chain_sum, maze"):
+    with pytest.raises(RewardError, match=r"no reward component applies to task 'calc'.*limited to chain_sum, maze"):
         rubric.check(["maze", "calc"])
     with pytest.raises(RewardError, match="no reward component applies to task 'calc'"):
         reward(rubric, prompt(), "42")

@@ -159,7 +159,7 @@ def test_reasoning_gym_is_reproducible_and_logs_repetition(caplog: pytest.LogCap
         (
             "chain_sum",
             {"min_terms": 2, "max_terms": 1},
-            "refuses params.*max_terms = 1: max_terms must be >= min_terms",
+            "refuses params.*max_terms = 1: max_terms must be >=",
         ),
         ("chain_sum", {"allow_negation": True, "min_digits": "a"}, "refuses params.min_digits = 'a': "),
         ("chain_sum", {"size": 3}, "params.size is set by the source itself\n  → set `size` beside `params`"),
@@ -220,9 +220,7 @@ def test_python_source_errors(path: Callable[[str], str], body: str, said: str) 
 
 def test_python_source_misconfigured(path: Callable[[str], str]) -> None:
     config = PythonSource(path=path("def make(count=1): return [p('a')]"), params={"cont": 2})
-    with pytest.raises(
-        ConfigError, match=r"unexpected keyword argument 'cont'; it is \(count=1\); did you mean 'count'"
-    ):
+    with pytest.raises(ConfigError, match=r"argument 'cont'; it is \(count=1\); did you mean 'count'"):
         load_prompts(config)
     with pytest.raises(ConfigError, match="is a int, not a function"):
         load_prompts(PythonSource(path=path("make = 3")))

@@ -21,15 +21,13 @@ CPU = torch.device("cpu")
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "llama": {"model_type": "llama", "tie_word_embeddings": False},
-    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4},
+    "qwen2": {"model_type": "qwen2"},
 }
-del FAMILIES["qwen2"]["num_key_value_heads"]
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    extra = dict(FAMILIES[request.param])
-    return scratch(tmp_path_factory.mktemp(request.param), **extra)
+    return scratch(tmp_path_factory.mktemp(request.param), **FAMILIES[request.param])
 
 
 def _scores(model: PackedModel, samples: list[Any]) -> torch.Tensor:
@@ -46,7 +44,8 @@ def test_packed_equals_alone_and_plain_transformers(folder: Path, lengths: list[
     torch.testing.assert_close(packed, alone, atol=1e-10, rtol=0)
     plain = padded_logprobs(plain_model(folder, torch.float32).double(), samples)
     trained = [values[torch.from_numpy(s.trained)] for values, s in zip(plain, samples, strict=True)]
-    torch.testing.assert_close(packed, torch.cat(trained).to(packed.dtype), atol=1e-6, rtol=0)
+    # Not closer, because transformers normalises and rotates in float32 whatever the parameters are.
+    torch.testing.assert_close(packed, torch.cat(trained).to(packed.dtype), atol=1e-6, rtol=1e-6)
 
 
 def test_packed_equals_alone_in_float32(tmp_path: Path) -> None:
@@ -114,12 +113,11 @@ def test_what_it_cannot_do_is_refused(extra: dict[str, Any], says: str) -> None:
     [
         {"model_type": "granite", "logits_scaling": 3.0},
         {"model_type": "gemma2", "final_logit_softcapping": 2.0, "attn_logit_softcapping": None},
-        {"model_type": "cohere", "head_dim": None, "logit_scale": 0.2},
+        {"model_type": "cohere", "logit_scale": 0.2},
     ],
 )
 def test_probe_finds_heads_that_are_not_linear(family: dict[str, Any], tmp_path: Path) -> None:
-    given = {name: value for name, value in family.items() if value is not None or name != "head_dim"}
-    scratch(tmp_path, **given)
+    scratch(tmp_path, **family)
     model = load_model(tmp_path, dtype="float32", attn_implementation=PACKED_ATTENTION)
     with pytest.raises(TrainError, match="gives other log-probs in a pack than alone"):
         probe(PackedModel(model, chunk=8))

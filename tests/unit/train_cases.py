@@ -31,6 +31,8 @@ SHAPE: dict[str, Any] = {
 def scratch(folder: Path, *, seed: int = 0, **architecture: Any) -> Path:
     """A tiny model in `folder`: Qwen3 with a tied head unless told otherwise."""
     given = {"model_type": "qwen3", "tie_word_embeddings": True, **SHAPE, **architecture}
+    if given["model_type"] in ("qwen2", "granite", "cohere"):
+        del given["head_dim"]  # there it follows from the other sizes
     make_scratch(
         ScratchConfig(architecture=given, tokenizer=TokenizerConfig(words=WORDS, chat_template=TEMPLATE)),
         folder,

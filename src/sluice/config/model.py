@@ -28,6 +28,7 @@ class ScratchConfig(Part):
     architecture: dict[str, Any]
     """Keyword arguments of the Hugging Face config class, with `model_type` among them."""
     tokenizer: TokenizerConfig
+    """Its tokenizer."""
 
 
 class ModelConfig(Part):

@@ -73,8 +73,9 @@ class SGLangConfig(Part):
     """How weights reach the server: tensors over shared memory (same host), or a folder both can read."""
     bucket_bytes: int = Field(default=512 * 1024**2, ge=1024)
     """Tensors are sent in buckets of about this size."""
-    api_key: str = Field(default="", repr=False)
-    """Bearer token of the server, when it wants one."""
+    api_key_env: str = ""
+    """Environment variable that holds the server's bearer token, when it wants one. The token itself is in no
+    recipe, log or run folder."""
     request_seconds: float = Field(default=600.0, gt=0)
     """Deadline of one generation."""
     control_seconds: float = Field(default=120.0, gt=0)

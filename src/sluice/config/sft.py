@@ -12,14 +12,21 @@ from sluice.config.data import Columns, ImportPath
 from sluice.config.train import TrainConfig
 
 
+class DemonstrationColumns(Columns):
+    """Which field of a row holds what."""
+
+    answer: str = "response"
+    """The demonstrated response."""
+
+
 class JsonlDemonstrations(Part):
     """Rows of prompt and response."""
 
     type: Literal["jsonl"] = "jsonl"
     path: Path
     """The file."""
-    columns: Columns = Columns(answer="response")
-    """Column mapping; `answer` is the demonstrated response."""
+    columns: DemonstrationColumns = DemonstrationColumns()
+    """Column mapping."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at an unreadable row, naming its line, or skip and count it."""
 

@@ -20,6 +20,7 @@ from sluice.log.records import (
     Kind,
     ResumeRecord,
     RewardRecord,
+    keys,
 )
 
 ACCOUNTED = frozenset((Kind.EPISODE, Kind.REWARD, Kind.DISPOSITION, Kind.EVAL, Kind.RESUME))
@@ -33,8 +34,8 @@ class Account:
     Attributes:
         surviving: dispositions of the surviving lineage by episode id.
         abandoned: dispositions that a resume made void.
-        undecided: logged, not an evaluation's, and without a surviving disposition: still in the buffer, or,
-            when the run is over, lost.
+        undecided: logged, of a group, and without a surviving disposition: still in the buffer, or, when the
+            run is over, lost. Episodes of evaluations belong to no group and are not accounted for.
         decided_twice: with more than one surviving disposition; trained twice when both are `trained`.
         logged_twice: with more than one episode record.
         unlogged: rewarded, decided or evaluated before the episode itself was in the log.
@@ -73,14 +74,15 @@ def account(entries: Iterable[Entry]) -> Account:
     episodes as unlogged when later records mention them.
     """
     logged: dict[str, int] = {}
-    evaluated: set[str] = set()
+    evaluated: dict[str, int] = {}
     standing: list[tuple[int, DispositionRecord]] = []
     abandoned: list[DispositionRecord] = []
     unlogged: dict[str, None] = {}
     for entry in entries:
         match entry.record:
-            case EpisodeRecord(episode):
-                logged[episode.id] = logged.get(episode.id, 0) + 1
+            case EpisodeRecord(episode) as record:
+                counts = logged if keys(record)[1] is not None else evaluated
+                counts[episode.id] = counts.get(episode.id, 0) + 1
                 continue
             case ResumeRecord() as resume:
                 abandoned += [record for seq, record in standing if _void(seq, record, resume)]
@@ -93,17 +95,16 @@ def account(entries: Iterable[Entry]) -> Account:
                 mentioned = (id,)
             case EvalRecord(episode_ids=ids):
                 mentioned = ids
-                evaluated.update(ids)
             case _:
                 continue
-        unlogged.update((id, None) for id in mentioned if id not in logged)
+        unlogged.update((id, None) for id in mentioned if id not in logged and id not in evaluated)
     surviving: dict[str, tuple[DispositionRecord, ...]] = {}
     for _, record in standing:
         surviving[record.episode_id] = (*surviving.get(record.episode_id, ()), record)
     return Account(
         surviving=surviving,
         abandoned=tuple(abandoned),
-        undecided=tuple(id for id in logged if id not in surviving and id not in evaluated),
+        undecided=tuple(id for id in logged if id not in surviving),
         decided_twice=tuple(id for id, records in surviving.items() if len(records) > 1),
         logged_twice=tuple(id for id, count in logged.items() if count > 1),
         unlogged=tuple(unlogged),

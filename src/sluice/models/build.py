@@ -25,7 +25,8 @@ from sluice.config.model import DType, ScratchConfig
 from sluice.errors import ConfigError, TrainError
 from sluice.models.tokenizer import EOS, PAD, build_tokenizer
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+"""One of these makes a folder hold a tokenizer."""
 transformers_logging.disable_progress_bar()  # one line a shard, between our own lines
 _ALWAYS_ALLOWED = frozenset({"model_type", "rope_theta", "rope_scaling"})
 """Keys every config class takes besides its fields; the two rope keys are folded into `rope_parameters`."""
@@ -82,12 +83,17 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             more ids than the model.
     """
     check_model_folder(path)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):  # transformers would make an empty one
+        raise ConfigError(
+            f"{path} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}",
+            hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"the tokenizer in {path} could not be loaded: {error}",
-            hint=f"copy {TOKENIZER_FILE} and tokenizer_config.json of the model into the folder",
+            hint="copy tokenizer.json and tokenizer_config.json of the model into the folder",
         ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(

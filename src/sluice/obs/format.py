@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 _BARS = "▁▂▃▄▅▆▇█"
-_ASCII_BARS = "_.-=+*#@"
 
 
 class Shown(NamedTuple):
@@ -61,17 +60,18 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
-def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) -> str:
+def sparkline(values: Sequence[float], width: int) -> str:
     """The last `width` values as bars between their least and greatest; a gap where one is not finite."""
-    bars = _ASCII_BARS if ascii_only else _BARS
     last = list(values)[-width:] if width > 0 else []
-    finite = [value for value in last if math.isfinite(value)]
-    if not finite:
+    halves = [value / 2 for value in last if math.isfinite(value)]  # halved, so that no difference overflows
+    if not halves:
         return " " * len(last)
-    low, span = min(finite), max(finite) - min(finite)
-    return "".join(
-        " " if not math.isfinite(v) else bars[round((v - low) / span * (len(bars) - 1)) if span else 0] for v in last
-    )
+    low, span = min(halves), max(halves) - min(halves)
+
+    def bar(value: float) -> str:
+        return _BARS[round((value / 2 - low) / span * (len(_BARS) - 1)) if span else 0]
+
+    return "".join(bar(value) if math.isfinite(value) else " " for value in last)
 
 
 def harmless(text: str) -> str:

@@ -24,7 +24,7 @@ _CELL = 28
 class LiveView:
     """Shows progress, metrics and evaluations in place.
 
-    A terminal that goes away ends the view, not the run.
+    A terminal that goes away, or cannot hold a character, ends the view, not the run.
 
     Args:
         console: where to draw.
@@ -43,7 +43,7 @@ class LiveView:
         self._gone = False
 
     def _render(self) -> RenderableType:
-        return render(self._board, self._console.width, ascii_only=self._console.options.ascii_only)
+        return render(self._board, self._console.width)
 
     def start(self, name: str, steps: int, folder: str, facts: Mapping[str, str] | None = None) -> None:
         """Begin to draw."""
@@ -112,20 +112,19 @@ class LiveView:
             _LOG.warning("the live view ends, the run goes on: %s", error)
 
 
-def render(board: Board, width: int, *, ascii_only: bool = False) -> RenderableType:
+def render(board: Board, width: int) -> RenderableType:
     """The view's lines at a width of so many columns."""
     parts: list[RenderableType] = [_line(_header(board), "bold")]
-    facts = " · ".join(f"{name} {one_line(value)}" for name, value in board.facts.items())
+    facts = " · ".join(one_line(f"{name} {value}") for name, value in board.facts.items())
     if facts:
         parts.append(_line(facts, "dim"))
     parts.append(_progress(board, width))
     if board.rewards:
-        spark = sparkline(board.rewards, min(HISTORY, width - 16), ascii_only=ascii_only)
+        spark = sparkline(board.rewards, min(HISTORY, width - 16))
         parts.append(_line(f"reward  {number(board.rewards[-1], '.3f'):>6} {spark}", "green"))
     if board.evaluations:
         first, last = board.evaluations[0], board.evaluations[-1]
-        arrow = "->" if ascii_only else "→"
-        before = f"{number(first[1], '.3f')} {arrow} " if len(board.evaluations) > 1 else ""
+        before = f"{number(first[1], '.3f')} → " if len(board.evaluations) > 1 else ""
         parts.append(_line(f"eval    {before}{number(last[1], '.3f')} (step {last[0]})", "cyan"))
     parts.append(_metrics(board, width))
     return Group(*parts)
@@ -177,7 +176,7 @@ def _metrics(board: Board, width: int) -> RenderableType:
     ]
     known = {shown.key for shown in SHOWN}
     if board.stage != "train":
-        cells += [(name, number(value)) for name, value in board.metrics.items() if name not in known]
+        cells += [(one_line(name), number(value)) for name, value in board.metrics.items() if name not in known]
     columns = max(1, min(4, width // _CELL))
     grid = Table.grid(padding=(0, 2))
     for _ in range(columns):

@@ -112,8 +112,8 @@ class PlainView:
     def start(self, name: str, steps: int, folder: str, facts: Mapping[str, str] | None = None) -> None:
         """Tell what begins."""
         self._board.start(name, steps, folder, facts or {})
-        shown = "".join(f" · {label} {one_line(value)}" for label, value in self._board.facts.items())
-        self._write(f"{one_line(name)}: {steps} steps in {folder}{shown}")
+        shown = "".join(f" · {label} {value}" for label, value in self._board.facts.items())
+        self._write(one_line(f"{name}: {steps} steps in {folder}{shown}"))
 
     def phase(self, name: str) -> None:
         """Phases are too many for lines: they are in the metrics as `time/…`."""
@@ -142,7 +142,7 @@ class PlainView:
 
     def log(self, message: str) -> None:
         """One line."""
-        self._write(harmless(message))
+        self._write(message)
 
     def finish(self, summary: Summary) -> None:
         """A few lines."""
@@ -175,7 +175,7 @@ class PlainView:
         if not encoding.lower().startswith("utf"):
             text = text.translate(_SEPARATORS)
         try:
-            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+            self._stream.write(harmless(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
             self._stream.flush()
         except (OSError, ValueError) as error:  # the pipe or the terminal was closed
             self._gone = True
@@ -186,9 +186,12 @@ def make_view(live: bool | None = None) -> View:
     """The view for standard output.
 
     Args:
-        live: True draws in place even into a pipe, False writes lines, None draws when it is a terminal.
+        live: True draws in place even into a pipe, False writes lines, None draws when it is a terminal. An
+            output that cannot hold Unicode always gets lines.
     """
     console = Console(force_terminal=True if live else None)
-    if live is None:
-        live = console.is_terminal and not console.is_dumb_terminal
-    return LiveView(console) if live else PlainView()
+    wanted = console.is_terminal and not console.is_dumb_terminal if live is None else live
+    if wanted and not console.encoding.lower().startswith("utf"):
+        _LOG.warning("no live view: the output's encoding is %s; set PYTHONIOENCODING=utf-8 for one", console.encoding)
+        wanted = False
+    return LiveView(console) if wanted else PlainView()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-import sluice
-from sluice import device
+
+from sluice import __version__, device
 from sluice.algos import make_algorithm
 from sluice.checkpoint.store import Checkpoint, CheckpointStore
 from sluice.config.run import RunConfig
@@ -75,7 +75,7 @@ class InlineRun:
             data = load_data(config.data, seed=config.seed)
             rubric = Rubric(config.rewards)
             rubric.check(data.tasks)
-            journal.write_now(RunRecord(digest(config), config.seed, sluice.__version__))
+            journal.write_now(RunRecord(digest(config), config.seed, __version__))
             self._view.start(config.name, config.steps, str(folder))
             stack.callback(self._view.close)
 

@@ -19,6 +19,7 @@ an update that skips the flush leaves cached prefixes of old weights for new req
 from __future__ import annotations
 
 import asyncio
+import os
 import atexit
 import base64
 import io
@@ -160,6 +161,17 @@ class SGLangEngine:
 
     # ── handshake ───────────────────────────────────────────────────────────────────────────────────────
 
+    def _authorization(self) -> dict[str, str]:
+        name = self._config.api_key_env
+        if not name:
+            return {}
+        if name not in os.environ:
+            raise EngineError(
+                f"rollout.sglang.api_key_env names {name}, which is not set",
+                hint=f"export {name}=… before starting, or leave api_key_env empty",
+            )
+        return {"Authorization": f"Bearer {os.environ[name]}"}
+
     async def start(self) -> Capabilities:
         """Handshake: what can the server do? Ends a pause that somebody left behind. Harmless when repeated.
 
@@ -170,7 +182,7 @@ class SGLangEngine:
         if self._server is not None:
             return self._server.capabilities
         if self._client is None:
-            headers = {"Authorization": f"Bearer {self._config.api_key}"} if self._config.api_key else {}
+            headers = self._authorization()
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._config.max_concurrent)
             # deadlines are ours, over whole calls; httpx only knows the time between two bytes
             self._client = httpx.AsyncClient(
