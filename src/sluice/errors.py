@@ -68,7 +68,7 @@ class CapabilityError(EngineError):
     """The engine lacks something the run needs. Raised at the handshake, before any training."""
 
 
-class Unroutable(EngineError):
+class Unroutable(EngineError):  # noqa: N818 - the state is the name
     """A failed weight update left the engine in an unknown state: it serves nothing until a full reload."""
 
 

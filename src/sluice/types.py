@@ -196,7 +196,9 @@ class Turn:
             ("sampled_logprobs", self.sampled_logprobs, np.float32),
         ):
             if values is not None and (values.dtype != dtype or values.ndim != 1):
-                raise ValueError(f"{name} of a turn are {values.dtype} of shape {values.shape}, not {dtype.__name__} [n]")
+                raise ValueError(
+                    f"{name} of a turn are {values.dtype} of shape {values.shape}, not {dtype.__name__} [n]"
+                )
         if self.author is Author.OBSERVED:
             if self.logprobs is not None or self.spans or self.sampling is not None or self.finish:
                 raise ValueError("an observed turn has no log-probs, versions, sampling parameters or finish")

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from sluice.obs.board import Board
 from sluice.obs.compare import compare_table, compare_text, fits_table
-from sluice.obs.format import duration, harmless, number, one_line, shorten, sparkline
 from sluice.obs.live import LiveView, render, summary_lines
 from sluice.obs.summary import Summary
 from sluice.obs.view import NullView, PlainView, View, make_view
@@ -25,7 +24,7 @@ WIDTHS = (20, 21, 27, 33, 40, 59, 60, 80, 100, 137, 200, 300)
 SUMMARY = Summary(0.1, 0.9, 0.2, None, 60, 3725, 5432, 1e6, {"rollout": 0.6, "train": 0.4}, 1e-6, 7)
 METRICS = {
     "reward/mean": 0.25, "speed/rollout_tokens_per_second": 12_345.6, "speed/train_tokens_per_second": 999_999,
-    "gate/lag_mean": 0.0, "mismatch/mean_abs": 1.2e-7, "rollout/groups_dropped": 3, "train/kl": 0.001,
+    "gate/lag_mean": 0.0, "mismatch/mean_abs": 1.2e-7, "rollout/groups_dropped": 3, "train/policy_kl": 0.001,
     "train/entropy": 1.5, "train/loss": -0.01, "train/grad_norm": 0.3, "train/unknown": 1.0,
 }  # fmt: skip
 
@@ -113,9 +112,9 @@ def test_live_snapshot_at_80() -> None:
         "reward   0.080 ▁▂▃▄▅▆▇█",
         "eval    0.125 (step 0)",
         "rollout tok/s  12.3k  train tok/s       1M",
-        "lag              0.0  mismatch  1.2e-07",
-        "dropped            3  KL          0.001",
-        "entropy          1.5  loss        -0.01",
+        "lag              0.0  mismatch     1.2e-07",
+        "dropped            3  KL             0.001",
+        "entropy          1.5  loss           -0.01",
         "grad norm        0.3",
     ]
 
@@ -178,6 +177,16 @@ def test_a_live_view_with_its_refreshing_thread() -> None:
     view = LiveView(console, refresh_per_second=200, board=Board(clock=clock))
     drive(view, clock, steps=300)
     assert "300/300" in written(stream)
+
+
+def test_names_are_no_markup() -> None:
+    board = Board(clock=Clock())
+    board.start("[/red]", 3, "runs", {"[b]": "[/b]"})
+    board.note("sft", 1, 3, {"[/x]": 1.0})
+    text = "\n".join(rendered(board, 80))
+    assert "[/red]" in text
+    assert "[b] [/b]" in text
+    assert "[/x]" in text
 
 
 def test_sft_alone_needs_no_start() -> None:
@@ -306,42 +315,7 @@ def test_compare_pairs_answers_by_prompt() -> None:
     assert compare_text([], []) == ""
 
 
-# ── numbers and text ────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    "value, style, text",
-    [
-        (None, ".3g", "-"), (math.nan, "count", "-"), (math.inf, ".3f", "-"), (0.0, "count", "0"),
-        (999, "count", "999"),
-        (999.97, "count", "1k"), (999_999, "count", "1M"), (1234, "count", "1.23k"), (-5e6, "count", "-5M"),
-        (3.2e12, "count", "3.2T"), (0.12345, ".3g", "0.123"),
-    ],
-)  # fmt: skip
-def test_number(value: float | None, style: str, text: str) -> None:
-    assert number(value, style) == text
-
-
-def test_duration() -> None:
-    assert [duration(s) for s in (0, 59.6, 125, 7_500, 90_000)] == ["0s", "1m00s", "2m05s", "2h05m", "1d01h"]
-    assert [duration(s) for s in (None, math.nan, -1)] == ["-", "-", "-"]
-
-
-def test_sparkline() -> None:
-    assert sparkline([0, 1, 2, 3], 3) == "▁▅█"
-    assert sparkline([0, math.nan, 1], 9) == "▁ █"
-    assert sparkline([5, 5], 9) == "▁▁"
-    assert sparkline([1], 0) == sparkline([], 5) == ""
-    assert sparkline([math.nan], 5) == " "
-    assert sparkline([-1.7e308, 1.7e308, 0, 5e-324], 5) == "▁█▅▅"
-
-
-@given(st.text(), st.integers(0, 60))
-def test_text_is_shortened_and_harmless(text: str, limit: int) -> None:
-    assert len(shorten(text, limit)) <= limit
-    assert "\n" not in one_line(text)
-    assert all(character.isprintable() or character in "\n\t" or character.isspace() for character in harmless(text))
-    assert not set(harmless(text)) & set("\x1b\x07\x08\r\x9b\u202e\u2028")
+# ── the summary ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_summary_lines_without_evaluation() -> None:

@@ -12,7 +12,7 @@ from train_cases import make_samples, padded_logprobs, plain_model, scratch
 
 from sluice.errors import TrainError
 from sluice.models.build import load_model
-from sluice.train.attention import PACKED_ATTENTION, layout, packed_attention
+from sluice.train.attention import PACKED_ATTENTION, Bucket, layout, packed_attention
 from sluice.train.packed_model import PackedModel, make_pack, probe
 from sluice.types import MicroBatch
 
@@ -70,14 +70,15 @@ def test_no_token_sees_another_sample(folder: Path) -> None:
 
 def test_layout_buckets() -> None:
     same = layout([4, 4, 4], CPU)
-    assert [(b.start, b.end, b.gather) for b in same.buckets] == [(0, 12, None)]
-    mixed = layout([2000, 30, 20, 10], CPU)
-    assert [(b.start, b.end, b.count, b.longest) for b in mixed.buckets] == [(0, 2000, 1, 2000), (2000, 2060, 3, 30)]
-    bucket = mixed.buckets[1]
-    assert bucket.scatter is not None
-    assert bucket.gather is not None
-    assert torch.equal(bucket.gather[bucket.scatter], torch.arange(60))
-    assert int(bucket.gather.max()) == 59
+    assert same.buckets == (Bucket(3, 4),)
+    assert same.moves is None
+    mixed = layout([30, 2000, 10, 20], CPU)
+    assert mixed.buckets == (Bucket(1, 2000), Bucket(3, 30))
+    assert mixed.moves is not None
+    assert torch.equal(mixed.moves.gather[mixed.moves.scatter], torch.arange(2060))
+    assert int(mixed.moves.real.sum()) == 2060
+    assert mixed.moves.gather[2000:2030].tolist() == list(range(30))  # the longest of its bucket comes first
+    assert mixed.moves.gather[-30:].tolist() == [*range(2030, 2040), *[2039] * 20]
 
 
 def test_padding_passes_gradients_exactly() -> None:

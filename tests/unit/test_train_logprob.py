@@ -14,7 +14,10 @@ torch.set_num_threads(1)
 
 def _case(tokens: int, vocabulary: int, dtype: torch.dtype, bias: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
     return {
         "hidden": make(tokens, 6).requires_grad_(),
         "weight": make(vocabulary, 6).requires_grad_(),
@@ -34,9 +37,7 @@ def _naive(case: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-@pytest.mark.parametrize(
-    ("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)]
-)
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
 def test_values_and_gradients(dtype: torch.dtype, close: float, chunk: int, bias: bool) -> None:
     case = _case(7, 11, dtype, bias)
     scores = token_scores(**case, chunk=chunk)
@@ -57,10 +58,11 @@ def test_values_and_gradients(dtype: torch.dtype, close: float, chunk: int, bias
 def test_gradcheck() -> None:
     case = _case(5, 7, torch.float64, bias=True)
     case["temperature"] = case["temperature"].double()
-    function = lambda h, w, b: token_scores(  # noqa: E731
-        h, w, b, case["targets"], case["temperature"], chunk=2
-    ).logprob
-    assert torch.autograd.gradcheck(function, (case["hidden"], case["weight"], case["bias"]))
+
+    def logprob(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return token_scores(hidden, weight, bias, case["targets"], case["temperature"], chunk=2).logprob
+
+    assert torch.autograd.gradcheck(logprob, (case["hidden"], case["weight"], case["bias"]))
 
 
 def test_softmax_is_float32_in_bfloat16() -> None:

@@ -177,13 +177,9 @@ class GateConfig(Part):
                 "gate.order = 'completion' needs gate.max_lag >= 1"
             )
         if self.max_lag == 0 and self.on_stale not in (None, OnStale.WAIT):
-            raise ValueError(
-                f"gate.on_stale = {self.on_stale!s:.20} needs gate.max_lag >= 1: at 0 nothing is stale"
-            )
+            raise ValueError(f"gate.on_stale = {self.on_stale!s:.20} needs gate.max_lag >= 1: at 0 nothing is stale")
         if self.order is Order.COMPLETION and self.on_stale is OnStale.WAIT:
-            raise ValueError(
-                "gate: a hard bound, completion order and no discard cannot all hold; change one"
-            )
+            raise ValueError("gate: a hard bound, completion order and no discard cannot all hold; change one")
         return self
 
     @property

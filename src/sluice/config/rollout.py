@@ -102,7 +102,5 @@ class RolloutConfig(Part):
     @classmethod
     def _known_engine(cls, value: str) -> str:
         if value != "embedded" and not value.startswith(("http://", "https://")):
-            raise ValueError(
-                f"{value!r} is neither 'embedded' nor the URL of an SGLang server (http://host:port)"
-            )
+            raise ValueError(f"{value!r} is neither 'embedded' nor the URL of an SGLang server (http://host:port)")
         return value

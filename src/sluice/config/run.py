@@ -129,9 +129,7 @@ class RunConfig(Part):
                 "the trainer, which is not there yet; leave them at 1, -1 and 0 for training (evaluation is free)"
             )
         if self.rollout.sampling.temperature == 0:
-            raise ValueError(
-                "rollout.sampling.temperature = 0 is greedy: all episodes of a group would be equal"
-            )
+            raise ValueError("rollout.sampling.temperature = 0 is greedy: all episodes of a group would be equal")
         names = [reward.name or reward.type for reward in self.rewards]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

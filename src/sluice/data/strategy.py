@@ -43,7 +43,7 @@ class Cursor:
         self._shuffle = shuffle
         self._pass = 0
         self._at = 0
-        self._order = self._shuffled()
+        self._order: list[int] = self._shuffled()
 
     def _shuffled(self) -> list[int]:
         order = list(range(len(self._prompts)))

@@ -183,5 +183,5 @@ def _metrics(board: Board, width: int) -> RenderableType:
         grid.add_column(style="dim", no_wrap=True, overflow="ellipsis")
         grid.add_column(justify="right", no_wrap=True, overflow="ellipsis")
     for start in range(0, len(cells), columns):
-        grid.add_row(*(text for cell in cells[start : start + columns] for text in cell))
+        grid.add_row(*(Text(text) for cell in cells[start : start + columns] for text in cell))
     return grid

@@ -60,18 +60,22 @@ def sft(config: RunConfig, out: Path | None = None) -> Path:
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty", hint="choose another --out, or remove it yourself")
     device.set_threads(config.threads)
-    view = make_view(config.obs.live)
     data = load_data(config.data, seed=config.seed)
-    fine_tune(
-        config.warm_start,
-        initial_model(config, target.parent / f".{target.name}-init"),
-        target,
-        data.train,
-        seed=config.seed,
-        device=device.resolve(config.device),
-        template_kwargs=config.model.chat_template_kwargs,
-        view=view,
-    )
+    view = make_view(config.obs.live)
+    try:
+        view.start(f"{config.name} sft", config.warm_start.steps, str(target))
+        fine_tune(
+            config.warm_start,
+            initial_model(config, target.parent / f".{target.name}-init"),
+            target,
+            data.train,
+            seed=config.seed,
+            device=device.resolve(config.device),
+            template_kwargs=config.model.chat_template_kwargs,
+            view=view,
+        )
+    finally:
+        view.close()
     return target
 
 

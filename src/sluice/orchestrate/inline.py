@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-
 
 from sluice import __version__, device
 from sluice.algos import make_algorithm
 from sluice.checkpoint.store import Checkpoint, CheckpointStore
+from sluice.config.data import OnStale
 from sluice.config.run import RunConfig
 from sluice.data.buffer import Buffer
 from sluice.data.filters import make_filter
@@ -74,9 +76,10 @@ class InlineRun:
             checkpoint = checkpoints.latest() if self._resume else None
             data = load_data(config.data, seed=config.seed)
             rubric = Rubric(config.rewards)
-            rubric.check(data.tasks)
+            rubric.check(data.tasks, complete=True)
+            rubric.check_prompts(data.trained)
             journal.write_now(RunRecord(digest(config), config.seed, __version__))
-            self._view.start(config.name, config.steps, str(folder))
+            self._view.start(config.name, config.steps, str(folder), facts(config, data, self._device))
             stack.callback(self._view.close)
 
             start = await self._start_model(checkpoint, data)
@@ -186,22 +189,20 @@ class InlineRun:
         journal.write_now(ResumeRecord(progress.step, int(state["cursor"])))
         return progress, recovered
 
-    def _may_use(self, lineage: Lineage, gate: Gate):
-        """Where the gate waits, an episode of an abandoned version is sampled again; else the gate judges it."""
-        from sluice.config.data import OnStale
-
+    def _may_use(self, lineage: Lineage, gate: Gate) -> Callable[[Version], bool]:
+        """Where the gate waits, an episode of an abandoned version is sampled again; else it judges it."""
         if gate.config.effective_on_stale is OnStale.WAIT:
             return lineage.in_line
         return lambda version: True
 
     def _sinks(self, stack: AsyncExitStack, batch: int) -> list[MetricSink]:
-        jsonl = JsonlSink(self._folder / "metrics.jsonl")
-        jsonl.truncate_after(batch if self._resume else -1)
-        sinks: list[MetricSink] = [jsonl]
+        sinks: list[MetricSink] = [JsonlSink(self._folder / "metrics.jsonl")]
         if self._config.obs.tensorboard:
             sinks.append(TensorBoardSink(self._folder / "tensorboard"))
         for sink in sinks:
             stack.callback(sink.close)
+            if self._resume:
+                sink.truncate_after(batch)
         return sinks
 
     def _evaluator(self, runner: SingleTurn, renderer: Renderer, journal: Journal, data: Data) -> Evaluator | None:
@@ -232,6 +233,7 @@ def make_evaluator(
     chosen = config.evaluation
     rubric = Rubric(chosen.rewards or config.rewards)
     rubric.check({prompt.task for prompt in data.held_out})
+    rubric.check_prompts(data.held_out)
     judge = Producer(
         runner, rubric, renderer, journal, recovered={}, may_use=lambda version: True,
         stall_seconds=config.limits.stall_seconds,
@@ -245,8 +247,6 @@ def make_evaluator(
 
 async def evaluate_model(config: RunConfig, model: Path | None) -> EvalResult:
     """Measure a model folder, or the newest checkpoint of the run, on the held-out prompts."""
-    import tempfile
-
     if model is None:
         checkpoint = CheckpointStore(config.folder / "checkpoints", keep=1).latest()
         if checkpoint is None:
@@ -265,3 +265,15 @@ async def evaluate_model(config: RunConfig, model: Path | None) -> EvalResult:
             return await evaluator(0, Version(0))
         finally:
             await engine.close()
+
+
+def facts(config: RunConfig, data: Data, device_name: str) -> dict[str, str]:
+    """What the view shows beside the run's name."""
+    scratch = config.model.scratch
+    return {
+        "model": f"{scratch.architecture['model_type']} from scratch" if scratch else str(config.model.path),
+        "task": f"{', '.join(sorted(data.tasks))}: {len(data.train)} prompts, {len(data.held_out)} held out",
+        "algorithm": config.algorithm.type,
+        "engine": config.rollout.engine,
+        "device": device_name,
+    }

@@ -12,7 +12,8 @@ version after a recompute. Inline, the trainer's step blocks the event loop: lag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,7 +94,7 @@ class Loop:
         for request, samples in parts.buffer.unfinished():
             parts.producer.start(request, samples)
         while self.progress.batch < config.steps:
-            with parts.timer.phase("rollout"):
+            with self._phase("rollout"):
                 groups = await self._fill()
             metrics = await self._train(groups)
             every = config.evaluation.every
@@ -109,11 +110,18 @@ class Loop:
         """Measure the weights in use on the held-out prompts."""
         parts = self._parts
         assert parts.evaluator is not None  # callers ask only when there are held-out prompts
-        with parts.timer.phase("evaluate"):
+        with self._phase("evaluate"):
             result = await parts.evaluator(self.progress.step, self._in_use())
         self.evaluations[self.progress.batch] = result
         parts.view.evaluation(self.progress.batch, result.metrics())
         return result
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Account the time of a phase and show it."""
+        self._parts.view.phase(name)
+        with self._parts.timer.phase(name):
+            yield
 
     # ── one batch ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -153,11 +161,11 @@ class Loop:
         self._check_infrastructure(groups)
         step = progress.step + parts.algorithm.updates_per_batch
         judged, dispositions, gate_metrics = self._judge(groups, step)
-        with parts.timer.phase("score"):
+        with self._phase("score"):
             scored = self._score(judged)
-        with parts.timer.phase("train"):
+        with self._phase("train"):
             stats = self._update(self._credit(scored))
-        with parts.timer.phase("publish"):
+        with self._phase("publish"):
             published = parts.store.publish(parts.trainer, progress.step)
             manifest = published.manifest
             await parts.journal.write(
@@ -301,7 +309,7 @@ class Loop:
     async def checkpoint(self) -> None:
         """Write everything that a resumed run needs."""
         parts, progress = self._parts, self.progress
-        with parts.timer.phase("checkpoint"):
+        with self._phase("checkpoint"):
             progress.wall_seconds = parts.timer.wall_seconds
             state = {
                 "progress": {name: getattr(progress, name) for name in Progress.__slots__},

@@ -34,20 +34,29 @@ class Data:
     held_out: list[Prompt]
 
     @property
+    def trained(self) -> list[Prompt]:
+        """Every prompt that may be trained on."""
+        return [prompt for prompts in (self.train, *self.levels) for prompt in prompts]
+
+    @property
     def tasks(self) -> set[str]:
         return {prompt.task for prompts in (self.train, self.held_out, *self.levels) for prompt in prompts}
 
 
 def load_data(config: DataConfig, *, seed: int) -> Data:
-    """Read every source. Held-out prompts are split off the training source when they have none of their own."""
+    """Read every source; held-out prompts are split off the training source when they have none of their own.
+
+    A training prompt with the text of a held-out one is left out.
+    """
     prompts = load_prompts(config.train)
     if config.eval is None:
         train, held_out = split(prompts, config.eval_prompts, seed)
     else:
         train, held_out = prompts, load_prompts(config.eval)
+    texts = {prompt.messages for prompt in held_out}
+    train = [prompt for prompt in train if prompt.messages not in texts]
     levels: list[list[Prompt]] = []
     if isinstance(config.strategy, Curriculum):
-        texts = {prompt.messages for prompt in held_out}
         for source in config.strategy.levels:
             levels.append([prompt for prompt in load_prompts(source) if prompt.messages not in texts])
     return Data(train, levels, held_out)

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,76 +28,84 @@ _PADDING_SHARE = 0.25
 """Padded tokens of a bucket, as a share of its real ones, that are always accepted."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Bucket:
-    """Neighbouring samples that are attended together.
+    """Samples of similar length that are attended together: how many, and tokens of the longest."""
 
-    Attributes:
-        start, end: their tokens in the pack, `[start, end)`.
-        count, longest: samples, and tokens of the longest.
-        gather: row of the bucket for each padded slot, int64 `[count · longest]`; None when all samples
-            are equally long, so that nothing needs to move.
-        scatter: padded slot of each token, int64 `[end - start]`.
-        real: 1 at slots that hold a token, `[count · longest, 1]`.
-    """
-
-    start: int
-    end: int
     count: int
     longest: int
-    gather: Tensor | None
-    scatter: Tensor | None
-    real: Tensor | None
+
+    @property
+    def slots(self) -> int:
+        return self.count * self.longest
 
 
-@dataclass(frozen=True, slots=True)
+class Moves(NamedTuple):
+    """How tokens of a pack move to the padded slots of its buckets, and back.
+
+    Attributes:
+        gather: token of each slot, int64 `[slots]`; padding repeats the last token of its sample.
+        scatter: slot of each token, int64 `[tokens]`.
+        real: True at slots that hold a token of their own, `[slots, 1]`.
+    """
+
+    gather: Tensor
+    scatter: Tensor
+    real: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PackLayout:
-    """Where the samples of a pack lie. Handed to the model as the keyword `pack`; built once per pack."""
+    """Where the samples of a pack lie. Handed to the model as the keyword `pack`; built once per pack.
+
+    `moves` is None when all samples are equally long: they already are one bucket without padding.
+    """
 
     buckets: tuple[Bucket, ...]
-    num_tokens: int
+    moves: Moves | None
     longest: int
 
 
 def layout(lengths: Sequence[int], device: torch.device) -> PackLayout:
-    """The layout of samples that stand end to end, each at least one token; best when sorted by length.
+    """The layout of samples that stand end to end, each of at least one token, in any order.
 
-    A bucket grows until its padding exceeds both a quarter of its tokens and 1,024 tokens.
+    Samples are taken from long to short; a bucket grows until its padding exceeds both a quarter of its
+    tokens and 1,024 tokens.
     """
-    edges, longest, tokens = [0], 0, 0
-    for index, length in enumerate(lengths):
-        grown = max(longest, length)
-        padding = grown * (index - edges[-1] + 1) - (tokens + length)
-        if padding > max(_FREE_PADDING, _PADDING_SHARE * (tokens + length)):
-            edges.append(index)
-            grown, tokens = length, 0
-        longest, tokens = grown, tokens + length
-    edges.append(len(lengths))
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    buckets = tuple(
-        _bucket(lengths[first:last], int(starts[first]), device) for first, last in pairwise(edges) if last > first
-    )
-    return PackLayout(buckets, int(starts[-1]), max(lengths, default=0))
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    groups: list[list[int]] = []
+    tokens = 0
+    for index in order:
+        tokens += lengths[index]
+        slots = lengths[groups[-1][0]] * (len(groups[-1]) + 1) if groups else 0
+        if not groups or slots - tokens > max(_FREE_PADDING, _PADDING_SHARE * tokens):
+            groups.append([])
+            tokens = lengths[index]
+        groups[-1].append(index)
+    buckets = tuple(Bucket(len(group), lengths[group[0]]) for group in groups)
+    longest = buckets[0].longest if buckets else 0
+    if sum(bucket.slots for bucket in buckets) == sum(lengths) and len(buckets) <= 1:
+        return PackLayout(buckets, None, longest)
+    return PackLayout(buckets, _moves(lengths, groups, device), longest)
 
 
-def _bucket(lengths: Sequence[int], start: int, device: torch.device) -> Bucket:
+def _moves(lengths: Sequence[int], groups: Sequence[Sequence[int]], device: torch.device) -> Moves:
     counts = np.asarray(lengths, dtype=np.int64)
-    longest, total = int(counts.max()), int(counts.sum())
-    if (counts == longest).all():
-        return Bucket(start, start + total, len(counts), longest, None, None, None)
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    slot = np.arange(longest)
-    real = slot[None, :] < counts[:, None]
-    gather = first[:, None] + np.minimum(slot[None, :], counts[:, None] - 1)
-    scatter = np.flatnonzero(real)
-    return Bucket(
-        start,
-        start + total,
-        len(counts),
-        longest,
-        torch.from_numpy(gather.reshape(-1)).to(device),
+    gathers: list[np.ndarray] = []
+    reals: list[np.ndarray] = []
+    for group in groups:
+        slot = np.arange(counts[group[0]])
+        held = counts[list(group), None]
+        gathers.append((first[list(group), None] + np.minimum(slot, held - 1)).reshape(-1))
+        reals.append((slot < held).reshape(-1))
+    gather, real = np.concatenate(gathers), np.concatenate(reals)
+    scatter = np.empty(int(counts.sum()), dtype=np.int64)
+    scatter[gather[real]] = np.flatnonzero(real)
+    return Moves(
+        torch.from_numpy(gather).to(device),
         torch.from_numpy(scatter).to(device),
-        torch.from_numpy(real.reshape(-1, 1)).to(device),
+        torch.from_numpy(real).to(device).unsqueeze(1),
     )
 
 
@@ -179,29 +186,39 @@ def packed_attention(
             f"a sample has {pack.longest} tokens, the sliding window of {name} is {sliding_window}",
             hint="packed attention has no window; train on samples that fit into it",
         )
-    rows = [states[0].transpose(0, 1) for states in (query, key, value)]
-    outputs = [_attend(bucket, rows[0], rows[1], rows[2], scaling) for bucket in pack.buckets]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0), None
+    padded = [_to_slots(states, pack) for states in (query, key, value)]
+    outputs = [
+        _attend(bucket, *parts, scaling)
+        for bucket, *parts in zip(pack.buckets, *(states.split(_sizes(pack)) for states in padded), strict=True)
+    ]
+    slots = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if pack.moves is not None:
+        moves = pack.moves
+        slots = _Unpad.apply(slots, moves.gather, moves.scatter, moves.real)
+    return slots.view(1, -1, query.shape[1], value.shape[-1]), None
+
+
+def _sizes(pack: PackLayout) -> list[int]:
+    return [bucket.slots for bucket in pack.buckets]
+
+
+def _to_slots(states: Tensor, pack: PackLayout) -> Tensor:
+    """`[1, heads, tokens, head_dim]` to `[slots, heads, head_dim]`."""
+    heads, _, head_dim = states.shape[1:]
+    rows = states[0].transpose(0, 1).reshape(-1, heads * head_dim)
+    if pack.moves is not None:
+        rows = _Pad.apply(rows, pack.moves.gather, pack.moves.scatter)
+    return rows.view(-1, heads, head_dim)
 
 
 def _attend(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """One bucket of `[tokens, heads, head_dim]` states; returns `[bucket tokens, heads, head_dim]`."""
-    grouped = query.shape[1] != key.shape[1]
-    query, key, value = (_slots(states[bucket.start : bucket.end], bucket) for states in (query, key, value))
-    output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
-    slots = output.transpose(1, 2).reshape(bucket.count * bucket.longest, -1)
-    if bucket.gather is not None:
-        slots = _Unpad.apply(slots, bucket.gather, bucket.scatter, bucket.real)
-    return slots.view(bucket.end - bucket.start, query.shape[1], -1)
-
-
-def _slots(states: Tensor, bucket: Bucket) -> Tensor:
-    """`[bucket tokens, heads, head_dim]` to `[samples, heads, longest, head_dim]`."""
-    heads, head_dim = states.shape[1:]
-    rows = states.reshape(len(states), heads * head_dim)
-    if bucket.gather is not None:
-        rows = _Pad.apply(rows, bucket.gather, bucket.scatter)
-    return rows.view(bucket.count, bucket.longest, heads, head_dim).transpose(1, 2)
+    """One bucket: `[bucket slots, heads, head_dim]` states to `[bucket slots, heads · head_dim]`."""
+    shaped = (
+        states.view(bucket.count, bucket.longest, *states.shape[1:]).transpose(1, 2) for states in (query, key, value)
+    )
+    q, k, v = shaped
+    output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    return output.transpose(1, 2).reshape(bucket.slots, -1)
 
 
 def no_mask(*_: Any, **__: Any) -> None:

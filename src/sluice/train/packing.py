@@ -21,8 +21,7 @@ def assign(lengths: Sequence[int], budget: int) -> list[list[int]]:
         budget: tokens of one micro-batch.
 
     Returns:
-        Indices into `lengths` of each micro-batch, long samples first, so that attention can take
-        neighbours together.
+        Indices into `lengths` of each micro-batch, in their given order.
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -33,7 +32,7 @@ def assign(lengths: Sequence[int], budget: int) -> list[list[int]]:
             room.append(budget)
         bins[at].append(index)
         room[at] -= lengths[index]
-    return bins
+    return [sorted(members) for members in bins]
 
 
 def pack(
