@@ -196,9 +196,8 @@ class Turn:
             ("sampled_logprobs", self.sampled_logprobs, np.float32),
         ):
             if values is not None and (values.dtype != dtype or values.ndim != 1):
-                raise ValueError(
-                    f"{name} of a turn are {values.dtype} of shape {values.shape}, not {dtype.__name__} [n]"
-                )
+                found = f"{values.dtype} of shape {values.shape}"
+                raise ValueError(f"{name} of a turn are {found}, not {dtype.__name__} of shape [n]")
         if self.author is Author.OBSERVED:
             if self.logprobs is not None or self.spans or self.sampling is not None or self.finish:
                 raise ValueError("an observed turn has no log-probs, versions, sampling parameters or finish")
@@ -398,7 +397,8 @@ def expand(episode: Episode) -> tuple[TrainSample, ...]:
             here = slice(at, at + len(turn))
             streams["turn"][here] = number
             if turn.author is Author.SAMPLED:
-                assert turn.logprobs is not None and turn.sampling is not None  # held by Turn
+                assert turn.logprobs is not None  # both held by Turn
+                assert turn.sampling is not None
                 streams["behaviour"][here] = turn.logprobs
                 streams["weight"][here] = 1.0
                 streams["temperature"][here] = turn.sampling.temperature

@@ -32,10 +32,9 @@ def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {
         **base,
         "PYTHONPATH": os.pathsep.join(path),
-        # without it the rotary embedding asks for vllm's CUDA kernels
+        # without it the server ends at start-up: the rotary embedding asks for vllm's CUDA kernels
         "SGLANG_USE_CPU_ENGINE": "1",
-        # there is no triton for torch.compile to compile to
-        "TORCHDYNAMO_DISABLE": "1",
+        # one server shares the machine with a trainer; three processes with a thread per core are slower
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from sluice.config.data import FilterConfig, MinValidFilter, PythonFilter, SpreadFilter
 from sluice.errors import ConfigError
-from sluice.plugins import load_object
+from sluice.plugins import load_object, signature_problem
 from sluice.types import Group
 
 GroupFilter: TypeAlias = Callable[[Group], str]
@@ -45,7 +45,8 @@ def make_filter(config: FilterConfig) -> GroupFilter:
         case MinValidFilter(count=count):
             return too_few_valid(count)
         case PythonFilter(path=path):
-            function = load_object(path, expects="a function (Group) -> str")
-            if not callable(function):
-                raise ConfigError(f"{path} is not callable", hint="a filter is a function (Group) -> str")
+            function: GroupFilter = load_object(path, expects="a function (Group) -> str")
+            problem = signature_problem(function, 1, []) if callable(function) else "it is no function"
+            if problem:
+                raise ConfigError(f"{path} is no group filter: {problem}", hint="define it as `def NAME(group) -> str`")
             return function

@@ -20,7 +20,7 @@ from sluice.weights.lineage import Lineage
 def tensor_info(tensor: Tensor) -> TensorInfo:
     """Dtype, shape and digest of a contiguous CPU tensor."""
     raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    digest = xxhash.xxh3_128_hexdigest(memoryview(raw))
+    digest = xxhash.xxh3_128_hexdigest(raw)  # pyright: ignore[reportArgumentType]
     return TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest)
 
 

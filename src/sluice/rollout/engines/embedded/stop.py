@@ -17,10 +17,10 @@ class Decoder(Protocol):
     def decode(
         self,
         token_ids: list[int],
-        *,
         skip_special_tokens: bool = ...,
+        *,
         clean_up_tokenization_spaces: bool = ...,
-    ) -> str: ...
+    ) -> str | list[str]: ...
 
 
 class StopText:
@@ -58,7 +58,8 @@ class StopText:
         return any(text in searched for text in self._stop)
 
     def _text(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)
 
 
 def stop_text(sampling: SamplingParams, tokenizer: Decoder | None, start: int) -> StopText | None:
