@@ -50,7 +50,7 @@ def tiny(folder: Path, **changes: Any) -> RunConfig:
             "eval_prompts": 8,
             "strategy": {"type": "groups", "samples": 4},
         },
-        "rewards": [{"type": "exact"}],
+        "rewards": [{"type": "exact"}, {"type": "random"}],  # a coin by episode id: every batch has a gradient
         "rollout": {"sampling": {"max_new_tokens": 6}, "embedded": {"kv_tokens": 8192}},
         "steps": 6,
         "groups_per_step": 4,

@@ -117,6 +117,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path, lag: int, kills: i
     assert not fate.unlogged, "an episode was consumed before it was logged"
     for step in range(1, 11):
         assert len(fate.trained_at(step)) == 16, f"step {step} did not train its 4 groups of 4"
+    assert all(row["train/grad_norm"] > 0 for row in read_metrics(straight.folder / "metrics.jsonl"))
     if lag:
         return
     assert fate.complete, "an episode was lost or logged twice"

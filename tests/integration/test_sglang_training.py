@@ -63,8 +63,7 @@ def test_five_steps_agree_with_the_trainer_to_1e_5(server, tmp_path: Path, capsy
     assert 0 < worst <= 1e-5
     assert summary.steps == STEPS
     assert versions_by_group(config) == [(batch, {batch}) for batch in range(STEPS)]
-    losses = {round(row["train/grad_norm"], 9) for row in rows}
-    assert len(losses) > 1, "the weights did not move, so agreement would prove nothing"
+    assert all(row["train/grad_norm"] > 0 for row in rows), "the weights must move, or agreement proves nothing"
     with capsys.disabled():
         print(json.dumps({"sglang_mismatch_mean_abs": worst, "rollout_tokens_per_second": summary.rollout_tokens_per_second}))
 
