@@ -65,7 +65,11 @@ def test_five_steps_agree_with_the_trainer_to_1e_5(server, tmp_path: Path, capsy
     assert versions_by_group(config) == [(batch, {batch}) for batch in range(STEPS)]
     assert all(row["train/grad_norm"] > 0 for row in rows), "the weights must move, or agreement proves nothing"
     with capsys.disabled():
-        print(json.dumps({"sglang_mismatch_mean_abs": worst, "rollout_tokens_per_second": summary.rollout_tokens_per_second}))
+        print(
+            json.dumps(
+                {"sglang_mismatch_mean_abs": worst, "rollout_tokens_per_second": summary.rollout_tokens_per_second}
+            )
+        )
 
 
 def test_weights_also_travel_as_a_folder(server, tmp_path: Path) -> None:

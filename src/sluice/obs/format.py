@@ -26,7 +26,7 @@ SHOWN = (
     Shown("gate/lag_mean", "lag", ".1f"),
     Shown("mismatch/mean_abs", "mismatch", ".2g"),
     Shown("rollout/groups_dropped", "dropped", "count"),
-    Shown("train/kl", "KL", ".3g"),
+    Shown("train/policy_kl", "KL", ".3g"),
     Shown("train/entropy", "entropy", ".3g"),
     Shown("train/loss", "loss", ".3g"),
     Shown("train/grad_norm", "grad norm", ".3g"),

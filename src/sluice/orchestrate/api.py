@@ -11,14 +11,13 @@ from sluice import device
 from sluice.config.rollout import EmbeddedConfig, SamplingConfig
 from sluice.config.run import RunConfig
 from sluice.errors import ConfigError
-from sluice.models.build import load_model, load_tokenizer
+from sluice.models.build import load_tokenizer
 from sluice.obs.summary import Summary
 from sluice.obs.view import View, make_view
 from sluice.orchestrate.folder import open_folder
 from sluice.orchestrate.inline import InlineRun, evaluate_model
-from sluice.orchestrate.setup import initial_model, load_data
+from sluice.orchestrate.setup import embedded_engine, initial_model, load_data
 from sluice.orchestrate.warm_start import fine_tune
-from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.render import Renderer
 from sluice.rollout.runner import SingleTurn, noise_key
 from sluice.types import Message, Prompt, Version
@@ -114,11 +113,7 @@ async def _generate(
     model: Path, prompts: Sequence[str], n: int, sampling: SamplingConfig, seed: int
 ) -> list[list[str]]:
     tokenizer = load_tokenizer(model)
-    config = EmbeddedConfig()
-    engine = EmbeddedEngine(
-        load_model(model, dtype=config.dtype, attn_implementation="sdpa"), tokenizer, config,
-        device=device.resolve("auto"), version=Version(0),
-    )  # fmt: skip
+    engine = embedded_engine(EmbeddedConfig(), model, tokenizer, device=device.resolve("auto"), version=Version(0))
     capabilities = await engine.start()
     renderer = Renderer(tokenizer)
     runner = SingleTurn(engine, renderer, seed=seed, context_length=capabilities.context_length)

@@ -33,6 +33,7 @@ from sluice.orchestrate.setup import (
     Data,
     check_capabilities,
     check_prompts,
+    embedded_engine,
     initial_model,
     load_data,
     make_engine,
@@ -85,7 +86,7 @@ class InlineRun:
             start = await self._start_model(checkpoint, data)
             tokenizer = load_tokenizer(start)
             renderer = Renderer(tokenizer, config.model.chat_template_kwargs)
-            engine, sink = make_engine(config, start, tokenizer, device=self._device)
+            engine, sink = make_engine(config.rollout, start, tokenizer, device=self._device)
             stack.push_async_callback(engine.close)
             context_length = check_capabilities(config, await engine.start())
             runner = SingleTurn(engine, renderer, seed=config.seed, context_length=context_length)
@@ -255,10 +256,11 @@ async def evaluate_model(config: RunConfig, model: Path | None) -> EvalResult:
     data = load_data(config.data, seed=config.seed)
     tokenizer = load_tokenizer(model)
     renderer = Renderer(tokenizer, config.model.chat_template_kwargs)
-    local = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "embedded"})})
-    engine, _ = make_engine(local, model, tokenizer, device=device.resolve(config.device))
+    engine = embedded_engine(
+        config.rollout.embedded, model, tokenizer, device=device.resolve(config.device), version=Version(0)
+    )
     with tempfile.TemporaryDirectory() as scratch, LogWriter(Path(scratch)) as writer:
-        context_length = check_capabilities(local, await engine.start())
+        context_length = check_capabilities(config, await engine.start())
         try:
             runner = SingleTurn(engine, renderer, seed=config.seed, context_length=context_length)
             evaluator = make_evaluator(config, runner, renderer, Journal(writer), data)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sluice.config.data import Curriculum, DataConfig, GroupSampling, PythonStrategy
+from sluice.config.rollout import EmbeddedConfig, RolloutConfig
 from sluice.config.run import RunConfig
 from sluice.data.sources import load_prompts, split
 from sluice.data.strategy import CurriculumStrategy, GroupStrategy, Strategy
@@ -18,7 +19,7 @@ from sluice.rollout.engines.base import Capabilities, Engine
 from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.sglang import SGLangEngine
 from sluice.rollout.runner import SingleTurn
-from sluice.types import Prompt
+from sluice.types import Prompt, Version
 from sluice.weights.base import Sink
 
 if TYPE_CHECKING:
@@ -95,16 +96,27 @@ def initial_model(config: RunConfig, folder: Path) -> Path:
 
 
 def make_engine(
-    config: RunConfig, model_folder: Path, tokenizer: PreTrainedTokenizerBase, *, device: str
+    config: RolloutConfig, model_folder: Path, tokenizer: PreTrainedTokenizerBase, *, device: str
 ) -> tuple[Engine, Sink]:
     """The engine that `rollout.engine` names; it is also the sink of weight updates."""
-    if config.rollout.engine == "embedded":
-        embedded = config.rollout.embedded
-        model = load_model(model_folder, dtype=embedded.dtype, attn_implementation="sdpa")
-        engine = EmbeddedEngine(model, tokenizer, embedded, device=device)
+    if config.engine == "embedded":
+        engine = embedded_engine(config.embedded, model_folder, tokenizer, device=device)
     else:
-        engine = SGLangEngine(config.rollout.engine, config.rollout.sglang)
+        engine = SGLangEngine(config.engine, config.sglang)
     return engine, engine
+
+
+def embedded_engine(
+    config: EmbeddedConfig,
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: str,
+    version: Version | None = None,
+) -> EmbeddedEngine:
+    """An embedded engine on the model of a folder; with `version` it serves these weights at once."""
+    model = load_model(model_folder, dtype=config.dtype, attn_implementation="sdpa")
+    return EmbeddedEngine(model, tokenizer, config, device=device, version=version)
 
 
 def check_capabilities(config: RunConfig, capabilities: Capabilities) -> int:
