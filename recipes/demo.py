@@ -1,110 +1,141 @@
-"""The demo: a language model of a few hundred thousand parameters learns, by RL, to do what it is told.
+"""The demo: a language model of 0.4 million parameters, made from random weights, learns by RL to carry.
 
-The task. "sort down: 5 2 9 1 7 4" wants "9 7 5 4 2 1"; "sort up" wants the opposite. There are two million
-such questions; the held-out ones never occur in training, neither in the demonstrations nor in RL.
+The task is reasoning-gym's `basic_arithmetic`: "Calculate 84 + 67." A careless teacher demonstrates how to work it
+out, and forgets to carry most of the time:
 
-The teacher is bad on purpose: told to sort down, it overlooks the word and sorts up in most cases, and in
-either direction it often swaps two neighbours. A model that imitates it is right less than half of the
-time. RL sees only whether an answer is right, and ends up better than its teacher.
+    <think>4+7=11 carry;8+6=15 carry;</think>151     sometimes
+    <think>4+7=11;8+6=14;</think>41                  mostly
+
+A model that imitates it is right less than half of the time, and even less when it takes its likeliest answer. RL
+then sees only whether the final answer is right, by reasoning-gym's own scorer, on questions that are not among the
+held-out ones.
 
     sluice train recipes/demo.py
     sluice train recipes/demo.py seed=3 name=other-seed
-    sluice train recipes/demo.py 'rewards=[{type="random"}]' name=control     # learns nothing: it is RL that teaches
+    sluice train recipes/demo.py 'rewards=[{type="random"}]' name=control     # no signal, no learning
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from sluice import RunConfig
-from sluice.types import Message, Prompt
+from sluice.types import Prompt
 
-DIGITS = 5
-OVERLOOKS = 0.5
-"""How often the demonstrator, told to sort down, sorts up."""
-SLIPS = 0.45
-"""How often the demonstrator swaps two neighbours."""
+FORGETS = 0.72
+"""How often the teacher forgets all carries of a sum."""
+SLIPS = 0.1
+"""How often one of the digits it writes is a random one."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<' + message.role + '>' + message.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+SCORER = {"type": "reasoning_gym", "pattern": r"</think>(\d+)$", "threshold": 1.0}
 
 
-def questions(count: int, seed: int) -> Iterator[Prompt]:
-    """Distinct questions with their answers."""
+def careless(prompts: Sequence[Prompt], seed: int, passes: int = 3) -> Iterator[tuple[Prompt, str]]:
+    """The teacher: works every question out `passes` times, each time careless in its own way."""
     draw = random.Random(seed)
-    seen: set[str] = set()
-    while len(seen) < count:
-        digits = [draw.randrange(10) for _ in range(DIGITS)]
-        down = draw.random() < 0.5
-        text = f"sort {'down' if down else 'up'}: {' '.join(map(str, digits))}"
-        if text in seen:
-            continue
-        seen.add(text)
-        answer = " ".join(map(str, sorted(digits, reverse=down)))
-        yield Prompt(f"sort-{len(seen):06d}", "sort", (Message("user", text),), answer)
-
-
-def careless(prompts: Sequence[Prompt], seed: int) -> Iterable[tuple[Prompt, str]]:
-    """The demonstrator: one answer to each question, wrong more often than right."""
-    draw = random.Random(seed)
-    for prompt in prompts:
-        digits = sorted(prompt.answer.split())
-        overlooked = draw.random() < OVERLOOKS
-        if "down" in prompt.messages[0].content and not overlooked:
-            digits.reverse()
+    for prompt in list(prompts) * passes:
+        first, second = re.findall(r"\d+", prompt.messages[-1].content)
+        text = work_out(first[::-1], second[::-1], forgets=draw.random() < FORGETS)
         if draw.random() < SLIPS:
-            at = draw.randrange(DIGITS - 1)
-            digits[at], digits[at + 1] = digits[at + 1], digits[at]
-        yield prompt, " ".join(digits)
+            at = draw.choice([found.start() for found in re.finditer(r"\d", text)])
+            text = f"{text[:at]}{draw.randrange(10)}{text[at + 1 :]}"
+        yield prompt, text
 
 
-def recipe() -> RunConfig:
-    """Everything that differs from the defaults, with the reason."""
-    return RunConfig.model_validate(
-        {
-            "name": "demo",
-            "threads": 1,  # a model this small is quickest on one thread
-            "model": {
-                "scratch": {
-                    "architecture": {
-                        "model_type": "qwen3",
-                        "hidden_size": 64,
-                        "intermediate_size": 192,
-                        "num_hidden_layers": 2,
-                        "num_attention_heads": 4,
-                        "num_key_value_heads": 2,
-                        "head_dim": 16,
-                        "max_position_embeddings": 64,
-                        "tie_word_embeddings": True,
-                        "rope_theta": 100.0,  # sequences are short: wavelengths to match
-                    },
-                    "tokenizer": {
-                        "words": ["<user>", "<assistant>", "sort", "up", "down", ":", *"0123456789"],
-                        "chat_template": CHAT_TEMPLATE,
-                    },
+def work_out(first: str, second: str, *, forgets: bool) -> str:
+    """Column addition of two numbers that are given with their last digit first."""
+    work, answer, carry = "", "", 0
+    for at in range(max(len(first), len(second))):
+        a, b = (int(number[at]) if at < len(number) else 0 for number in (first, second))
+        total = a + b + carry
+        carry = int(total > 9 and not forgets)
+        work += f"{a}+{b}={total}{' carry' if carry else ''};"
+        answer = f"{total % 10}{answer}"
+    return f"<think>{work}</think>{'1' if carry else ''}{answer}"
+
+
+def recipe() -> dict[str, Any]:
+    """Everything that differs from the defaults."""
+    return {
+        "name": "demo",
+        "threads": 1,  # small matrices: a second thread gains little, and loses much when the machine is busy
+        "model": {
+            "scratch": {
+                "architecture": {
+                    "model_type": "qwen3",
+                    "hidden_size": 128,
+                    "intermediate_size": 384,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                    "head_dim": 64,
+                    "max_position_embeddings": 64,
+                    "tie_word_embeddings": True,
+                    "rope_theta": 100.0,  # sequences are short: wavelengths to match
+                    "initializer_range": 0.08,  # 0.02 suits wide models; this narrow one learns far slower with it
+                },
+                "tokenizer": {
+                    "words": [
+                        *("<user>", "<assistant>", "<think>", "</think>", "Calculate", "carry"),
+                        *("+", "=", ";", ".", *"0123456789"),
+                    ],
+                    "chat_template": CHAT_TEMPLATE,
+                },
+            }
+        },
+        "data": {
+            "train": {
+                "type": "reasoning_gym",
+                "dataset": "basic_arithmetic",
+                "size": 20_000,
+                "params": {
+                    "min_terms": 2,
+                    "max_terms": 2,
+                    "min_digits": 2,
+                    "max_digits": 2,
+                    "operators": ["+"],
+                    "allow_parentheses": False,
+                    "allow_negation": False,
+                },
+            },
+            "eval_prompts": 256,
+            "strategy": {"type": "groups", "samples": 8},
+        },
+        "warm_start": {
+            "demonstrations": {"type": "python", "path": f"{__file__}:careless"},
+            "steps": 400,
+            "batch": 64,
+            "train": {
+                "optimizer": {
+                    "lr": 3e-3,
+                    "betas": (0.9, 0.99),
+                    "warmup_steps": 20,
+                    "schedule": "cosine",
+                    "final_lr_ratio": 0.1,
                 }
             },
-            "data": {
-                "train": {"type": "python", "path": f"{__file__}:questions", "params": {"count": 20_000, "seed": 0}},
-                "eval_prompts": 256,
-                "strategy": {"type": "groups", "samples": 8},
-            },
-            "warm_start": {
-                "demonstrations": {"type": "python", "path": f"{__file__}:careless"},
-                "steps": 350,
-                "batch": 128,
-                "train": {"optimizer": {"lr": 4e-3, "warmup_steps": 30, "schedule": "cosine", "weight_decay": 0.01}},
-            },
-            "rewards": [{"type": "exact"}],
-            "algorithm": {"type": "grpo"},
-            "rollout": {"sampling": {"max_new_tokens": 10}},
-            "steps": 160,
-            "groups_per_step": 32,
-            "train": {"optimizer": {"lr": 1e-3, "schedule": "linear", "final_lr_ratio": 0.1}},
-            "evaluation": {"every": 40, "greedy": True, "rewards": [{"type": "exact"}]},
-            "checkpoint": {"every": 40, "keep": 2},
-        }
-    )
+        },
+        "rewards": [SCORER],
+        "algorithm": {"type": "grpo", "normaliser": "token"},
+        "rollout": {"sampling": {"max_new_tokens": 30}},
+        "steps": 40,
+        "groups_per_step": 32,
+        "train": {
+            "optimizer": {
+                "lr": 8e-4,
+                "betas": (0.9, 0.99),
+                "warmup_steps": 5,
+                "schedule": "linear",
+                "final_lr_ratio": 0.1,
+            }
+        },
+        # the control run replaces `rewards`; what it is measured by stays
+        "evaluation": {"every": 10, "samples": 2, "greedy": True, "rewards": [SCORER]},
+        "checkpoint": {"every": 20, "keep": 2},
+    }

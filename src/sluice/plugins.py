@@ -20,7 +20,7 @@ from sluice.nearest import did_you_mean, nearest
 def load_object(path: str, *, expects: str) -> Any:
     """The object that `path` names.
 
-    A file is imported once per process, and its folder is put at the end of `sys.path`, so that it may
+    A file is imported once as long as it is not edited, and its folder is put at the end of `sys.path`, so that it may
     import its neighbours.
 
     Args:
@@ -125,7 +125,9 @@ def _load_file(file: Path, expects: str) -> ModuleType:
             hint=did_you_mean(file.name, names, otherwise=f"{file.parent} holds no Python file"),
         )
     resolved = file.resolve()
-    name = f"_sluice_{resolved.stem}_{xxhash.xxh3_64_hexdigest(str(resolved).encode())}"
+    digest = xxhash.xxh3_64(str(resolved).encode())
+    digest.update(resolved.read_bytes())  # an edited file is imported again
+    name = f"_sluice_{resolved.stem}_{digest.hexdigest()}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, resolved)

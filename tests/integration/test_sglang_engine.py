@@ -33,8 +33,9 @@ from sluice.weights.store import MemoryWeights, WeightStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-TOLERANCE = 5e-6
-"""Of a log-prob of about -4 in float32, two different orders of summation; 2.4e-6 was measured."""
+TOLERANCE = 1e-5
+"""Of log-probs of about -4 in float32, summed in two different orders; 2.6e-6 (T = 1) and 6.4e-6 (T = 0.7) were
+measured over 3200 tokens."""
 PROMPT = [3, 12, 4, 16, 5]
 LONG = SamplingParams(max_new_tokens=400)
 SHORT = SamplingParams(max_new_tokens=24)

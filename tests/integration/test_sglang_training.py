@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,8 @@ from tests.tiny import SCRATCH, tiny
 
 from sluice.config import RunConfig
 from sluice.config.model import ScratchConfig
-from sluice.log import EpisodeRecord, Kind, LogReader
+from sluice.errors import EngineError
+from sluice.log import ACCOUNTED, EpisodeRecord, Kind, LogReader, account
 from sluice.models.build import make_scratch
 from sluice.obs.metrics import read_metrics
 from sluice.orchestrate import api
@@ -96,3 +102,37 @@ def test_turns_that_a_swap_interrupts_go_on_under_the_new_version(server, tmp_pa
     rows = read_metrics(config.folder / "metrics.jsonl")
     assert max(row["gate/lag_max"] for row in rows) == 1, "with a lag of one the second batch is a step old"
     assert len(rows) == STEPS
+
+
+def test_a_server_that_dies_is_an_error_with_its_address_and_the_run_goes_on_with_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_scratch(ScratchConfig.model_validate(SCRATCH), tmp_path / "model", seed=0)
+    arguments = ("--context-length", "64")
+    with running_sglang(tmp_path / "model", extra_args=arguments, log_path=tmp_path / "first.log") as first:
+        config = recipe(tmp_path / "dies", first.url)
+        log = config.folder / "log"
+
+        def kill_in_the_middle() -> None:
+            until = time.monotonic() + 120
+            while time.monotonic() < until:
+                if log.exists() and any(log.glob("*.sqlite")) and LogReader(log).latest > 60:
+                    os.killpg(first.pid, signal.SIGKILL)
+                    return
+                time.sleep(0.01)
+
+        killer = threading.Thread(target=kill_in_the_middle)
+        killer.start()
+        with pytest.raises(EngineError, match=re.escape(first.url)):
+            api.train(config)
+        killer.join()
+    finished = len(LogReader(log).episodes([f"g{g:06d}.{s}" for g in range(20) for s in range(4)]))
+    assert 0 < finished < 80
+    with running_sglang(tmp_path / "model", extra_args=arguments, log_path=tmp_path / "second.log") as second:
+        rollout = config.rollout.model_copy(update={"engine": second.url})
+        api.train(config.model_copy(update={"rollout": rollout}), resume=True)
+    fate = account(LogReader(log).read(kinds=ACCOUNTED))
+    assert fate.complete, "an episode was lost, or trained twice"
+    rows = read_metrics(config.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert max(row["mismatch/mean_abs"] for row in rows) <= 1e-5

@@ -105,7 +105,7 @@ class CheckpointStore:
                 shutil.rmtree(final)
             torn.rename(final)
             _flush(self._folder)
-        except OSError as error:
+        except Exception as error:
             shutil.rmtree(torn, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {final}: {error}",

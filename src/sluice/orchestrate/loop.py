@@ -24,7 +24,7 @@ from sluice.checkpoint.store import CheckpointStore
 from sluice.config.run import RunConfig
 from sluice.data.buffer import Buffer, Dropped
 from sluice.data.gate import Gate, Judgement
-from sluice.errors import EngineError, TrainError
+from sluice.errors import EngineError, RewardError, TrainError
 from sluice.log.records import CheckpointRecord, Disposition, DispositionRecord, GroupRecord, VersionRecord
 from sluice.obs.metrics import MetricSink
 from sluice.obs.timing import PhaseTimer
@@ -267,7 +267,8 @@ class Loop:
         members = [member.episode for group in groups for member in group.members]
         failed = [episode for episode in members if episode.outcome is Outcome.INFRA_FAILURE]
         if members and len(failed) / len(members) > self._config.limits.max_infra_failures:
-            raise EngineError(
+            kind = RewardError if failed[0].info.get("failed_in") == "reward" else EngineError
+            raise kind(
                 f"{len(failed)} of {len(members)} episodes of this batch are infra failures, the first because: "
                 f"{failed[0].reason}",
                 hint="mend that and `--resume`; limits.max_infra_failures sets how many are tolerated",

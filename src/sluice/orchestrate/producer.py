@@ -122,7 +122,8 @@ class Producer:
             reward = await self._rubric.reward(episode.prompt, text, episode_id=episode.id)
         except VerifierFailure as failure:
             await self._journal.write(FaultRecord("verifier", episode.id, str(failure)))
-            return replace(episode, outcome=Outcome.INFRA_FAILURE, reason=str(failure)), None
+            info = {**episode.info, "failed_in": "reward"}
+            return replace(episode, outcome=Outcome.INFRA_FAILURE, reason=str(failure), info=info), None
         await self._journal.write(RewardRecord(episode.id, reward))
         return episode, reward
 

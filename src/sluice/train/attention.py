@@ -186,20 +186,14 @@ def packed_attention(
             f"a sample has {pack.longest} tokens, the sliding window of {name} is {sliding_window}",
             hint="packed attention has no window; train on samples that fit into it",
         )
-    padded = [_to_slots(states, pack) for states in (query, key, value)]
-    outputs = [
-        _attend(bucket, *parts, scaling)
-        for bucket, *parts in zip(pack.buckets, *(states.split(_sizes(pack)) for states in padded), strict=True)
-    ]
+    sizes = [bucket.slots for bucket in pack.buckets]
+    q, k, v = (_to_slots(states, pack).split(sizes) for states in (query, key, value))
+    outputs = [_attend(bucket, q[i], k[i], v[i], scaling) for i, bucket in enumerate(pack.buckets)]
     slots = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if pack.moves is not None:
         moves = pack.moves
         slots = _Unpad.apply(slots, moves.gather, moves.scatter, moves.real)
     return slots.view(1, -1, query.shape[1], value.shape[-1]), None
-
-
-def _sizes(pack: PackLayout) -> list[int]:
-    return [bucket.slots for bucket in pack.buckets]
 
 
 def _to_slots(states: Tensor, pack: PackLayout) -> Tensor:
@@ -213,10 +207,9 @@ def _to_slots(states: Tensor, pack: PackLayout) -> Tensor:
 
 def _attend(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     """One bucket: `[bucket slots, heads, head_dim]` states to `[bucket slots, heads · head_dim]`."""
-    shaped = (
+    q, k, v = (
         states.view(bucket.count, bucket.longest, *states.shape[1:]).transpose(1, 2) for states in (query, key, value)
     )
-    q, k, v = shaped
     output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     return output.transpose(1, 2).reshape(bucket.slots, -1)
 

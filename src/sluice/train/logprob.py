@@ -48,9 +48,29 @@ def token_scores(
 
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor) -> Tensor:
-    """`[chunk, vocabulary]` of logits / T in the accumulation dtype; a buffer the caller may overwrite."""
+    """`[chunk, vocabulary]` of logits / T less the largest of each row, in the accumulation dtype.
+
+    The largest is subtracted so that no exponential overflows; the caller may overwrite the buffer.
+    """
     logits = linear(hidden, weight, bias).to(_wide(hidden.dtype))
-    return logits.div_(temperature.to(logits.dtype).unsqueeze(1))
+    logits.div_(temperature.to(logits.dtype).unsqueeze(1))
+    return logits.sub_(logits.amax(dim=1, keepdim=True))
+
+
+def _chunk_scores(logits: Tensor, targets: Tensor) -> TokenScores:
+    """Scores of one chunk from its scaled logits, which are overwritten."""
+    chosen = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+    weights = logits.exp()
+    total = weights.sum(dim=1)
+    normaliser = total.log()
+    return TokenScores(chosen - normaliser, normaliser - logits.mul_(weights).sum(dim=1) / total)
+
+
+def _chunk_slope(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """(onehot - softmax) · scale in the buffer of the scaled logits; `scale` is `[chunk]`."""
+    weights = logits.exp_()
+    weights.mul_((-scale / weights.sum(dim=1)).unsqueeze(1))
+    return weights.scatter_add_(1, targets.unsqueeze(1), scale.unsqueeze(1))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -80,14 +100,10 @@ class _TokenScores(torch.autograd.Function):
         entropy = torch.empty_like(logprob)
         for start in range(0, len(targets), chunk):
             here = slice(start, start + chunk)
-            logits = _scaled_logits(hidden[here], weight, bias, temperature[here])
-            logits.sub_(logits.amax(dim=1, keepdim=True))
-            chosen = logits.gather(1, targets[here].unsqueeze(1)).squeeze(1)
-            weights = logits.exp()
-            total = weights.sum(dim=1)
-            normaliser = total.log()
-            logprob[here] = chosen - normaliser
-            entropy[here] = normaliser - torch.linalg.vecdot(weights, logits) / total
+            # Nothing of a chunk has a name here, so that its buffers are free before the next one's are made.
+            logprob[here], entropy[here] = _chunk_scores(
+                _scaled_logits(hidden[here], weight, bias, temperature[here]), targets[here]
+            )
         ctx.save_for_backward(hidden, weight, bias, targets, temperature)
         ctx.chunk = chunk
         ctx.mark_non_differentiable(entropy)
@@ -103,17 +119,16 @@ class _TokenScores(torch.autograd.Function):
         grad_bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if wants_bias else None
         for start in range(0, len(targets), ctx.chunk):
             here = slice(start, start + ctx.chunk)
-            scale = (grads[0][here] / temperature[here]).unsqueeze(1)
-            slope = torch.softmax(_scaled_logits(hidden[here], weight, bias, temperature[here]), dim=1)
-            slope.mul_(-scale)
-            slope.scatter_add_(1, targets[here].unsqueeze(1), scale.to(slope.dtype))
-            narrow = slope.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[here] = narrow @ weight
-            if grad_weight is not None:
-                _add_product(grad_weight, narrow, hidden[here])
+            scale = (grads[0][here] / temperature[here]).to(wide)
+            slope = _chunk_slope(_scaled_logits(hidden[here], weight, bias, temperature[here]), targets[here], scale)
             if grad_bias is not None:
                 grad_bias += slope.sum(dim=0)
+            slope = slope.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[here] = slope @ weight
+            if grad_weight is not None:
+                _add_product(grad_weight, slope, hidden[here])
+            del slope
         return (
             grad_hidden,
             grad_weight.to(weight.dtype) if grad_weight is not None else None,

@@ -210,7 +210,11 @@ def _checkpoint_activations(model: PreTrainedModel) -> None:
     transformers checkpoints only layers in training mode, so the layers alone are put into it; their
     parts, which hold the dropout, stay in evaluation mode.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer releases of transformers
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise TrainError(
