@@ -26,6 +26,10 @@ version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" ||
   fail "cannot run $python" "install Python 3.11, or name one: PYTHON=/path/to/python3.11 $0"
 [ "$version" = 3.11 ] || fail "$python is Python $version, the lock is for 3.11" "PYTHON=/path/to/python3.11 $0"
 
+if [ -e "$target" ] && [ ! -f "$marker" ] && [ -n "$(ls -A "$target")" ]; then
+  fail "$target exists and was not made by this script" "choose another folder, or remove it yourself"
+fi
+
 hash="$(sha256sum "$lock" | cut -d' ' -f1)"
 mkdir -p "$(dirname "$target")"
 exec 9>"$target.lock"  # two runs at once: the second waits, then finds the work done
@@ -35,10 +39,6 @@ if [ -f "$marker" ] && [ "$(cat "$marker")" = "$hash" ]; then
   echo "install_sglang_cpu: $target is up to date"
   exit 0
 fi
-if [ -e "$target" ] && [ ! -f "$marker" ] && [ -n "$(ls -A "$target")" ]; then
-  fail "$target exists and was not made by this script" "choose another folder, or remove it yourself"
-fi
-
 echo "install_sglang_cpu: installing into $target"
 rm -rf "$target"
 mkdir -p "$target"
