@@ -124,7 +124,7 @@ def recipe() -> dict[str, Any]:
         "rewards": [SCORER],
         "algorithm": {"type": "grpo", "normaliser": "token"},
         "rollout": {"sampling": {"max_new_tokens": 30}},
-        "steps": 40,
+        "steps": 55,
         "groups_per_step": 32,
         "train": {
             "optimizer": {
@@ -136,6 +136,6 @@ def recipe() -> dict[str, Any]:
             }
         },
         # the control run replaces `rewards`; what it is measured by stays
-        "evaluation": {"every": 10, "samples": 2, "greedy": True, "rewards": [SCORER]},
-        "checkpoint": {"every": 20, "keep": 2},
+        "evaluation": {"every": 25, "samples": 2, "greedy": True, "rewards": [SCORER]},
+        "checkpoint": {"every": 25, "keep": 2},
     }
