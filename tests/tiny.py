@@ -63,9 +63,11 @@ def tiny(folder: Path, **changes: Any) -> RunConfig:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`; dictionaries are merged, everything else is replaced."""
-    merged = dict(base)
+    """`changes` over `base`; dictionaries are merged, None takes a key out, everything else is replaced."""
+    merged = {key: value for key, value in base.items() if changes.get(key, value) is not None}
     for key, value in changes.items():
+        if value is None:
+            continue
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged

@@ -12,6 +12,7 @@ from tests.tiny import tiny
 from sluice.log import ACCOUNTED, LogReader, account
 from sluice.obs.metrics import read_metrics
 from sluice.orchestrate import api
+from sluice.orchestrate.setup import initial_model
 
 OWN = '''
 class Always:
@@ -153,8 +154,9 @@ def test_sft_alone_evaluate_and_generate(tmp_path: Path) -> None:
     config = tiny(tmp_path, warm_start={"demonstrations": teacher, "steps": 150, "batch": 32, "train": learning})
     model = api.sft(config)
     assert (model / "model.safetensors").exists()
-    before = api.evaluate(tiny(tmp_path), model=api.initial_model(tiny(tmp_path), tmp_path / "init"))
-    after = api.evaluate(tiny(tmp_path), model=model)
+    judged = tiny(tmp_path, evaluation={"rewards": [{"type": "exact"}]})
+    before = api.evaluate(judged, model=initial_model(judged, tmp_path / "init"))
+    after = api.evaluate(judged, model=model)
     assert before["accuracy"] < 0.3
     answers = api.generate(model, ["3+4=", "2+2="], n=3, seed=1)
     assert [len(each) for each in answers] == [3, 3]
