@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from sluice.config.model import DType, ScratchConfig
 from sluice.errors import ConfigError, TrainError
 from sluice.models.tokenizer import EOS, PAD, build_tokenizer
+from sluice.nearest import nearest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 """One of these makes a folder hold a tokenizer."""
@@ -198,7 +199,7 @@ def _check_model_type(model_type: str, where: str) -> None:
         )
     known = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
     raise ConfigError(
-        f"{where}: unknown model type {model_type!r}{nearest(model_type, known)}",
+        f"{where}: unknown model type {model_type!r}{_meant(model_type, known)}",
         hint="use a model type of the installed transformers release, or upgrade it",
     )
 
@@ -209,12 +210,12 @@ def _check_architecture_keys(config_class: Any, architecture: dict[str, Any]) ->
     for key in architecture:
         if key not in known and key not in _ALWAYS_ALLOWED:
             raise ConfigError(
-                f"model.scratch.architecture: {config_class.model_type} has no key {key!r}" + nearest(key, known),
+                f"model.scratch.architecture: {config_class.model_type} has no key {key!r}" + _meant(key, known),
                 hint="see the fields of the model's config class in transformers",
             )
 
 
-def nearest(name: str, known: Any) -> str:
+def _meant(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the closest of `known`, or nothing when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = nearest(name, known)
+    return f"; did you mean {close!r}?" if close else ""

@@ -17,11 +17,15 @@ from sluice.weights.base import Manifest, Published, Sink, Source, TensorInfo
 from sluice.weights.lineage import Lineage
 
 
+def digest(tensor: Tensor) -> str:
+    """xxh3-128 of a tensor's bytes, in hex; the tensor may be on any device."""
+    raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+    return xxhash.xxh3_128_hexdigest(raw)  # pyright: ignore[reportArgumentType]
+
+
 def tensor_info(tensor: Tensor) -> TensorInfo:
-    """Dtype, shape and digest of a contiguous CPU tensor."""
-    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    digest = xxhash.xxh3_128_hexdigest(raw)  # pyright: ignore[reportArgumentType]
-    return TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest)
+    """Dtype, shape and digest of a tensor."""
+    return TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digest(tensor))
 
 
 def checksum(tensors: Mapping[str, TensorInfo]) -> str:

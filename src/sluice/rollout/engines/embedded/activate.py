@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import xxhash
 from torch import Tensor
 
 from sluice.errors import WeightsError
 from sluice.weights.base import Manifest, Published, TensorInfo
-
-
-def digest(tensor: Tensor) -> str:
-    """xxh3-128 of a tensor's bytes, in hex."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return xxhash.xxh3_128_hexdigest(flat.numpy().data)
+from sluice.weights.store import digest
 
 
 def activate(weights: Mapping[str, Tensor], published: Published) -> None:
