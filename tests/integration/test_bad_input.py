@@ -15,7 +15,7 @@ from tests.tiny import SCRATCH, merge, tiny
 
 from sluice import cli
 from sluice.config import RunConfig
-from sluice.log import ACCOUNTED, LogReader, LogWriter, account
+from sluice.log import ACCOUNTED, Kind, LogReader, LogWriter, account
 from sluice.obs.metrics import read_metrics
 
 
@@ -84,6 +84,10 @@ def test_a_reward_that_is_no_number_stops_the_run_and_is_never_a_zero(
     assert said in error
     kinds = [entry.record.kind for entry in LogReader(config.folder / "log").read(from_ordinal=0)]
     assert kinds.count("episode") == 16, "the episodes are in the log"
+    faults = [entry.record for entry in LogReader(config.folder / "log").read(kinds=(Kind.FAULT,))]
+    assert faults[0].where == "reward of g000000.0"
+    assert faults[-1].where == "inline, batch 1, version 0.0"
+    assert "RewardError" in faults[-1].traceback
     assert "reward" not in kinds
     file.write_text("def score(prompt, answer):\n    return len(answer) % 2\n")
     code = cli.run(["train", str(saved(config, tmp_path)), "--resume"])  # mended: the same episodes are judged again

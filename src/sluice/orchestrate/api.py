@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,16 +64,17 @@ def sft(config: RunConfig, out: Path | None = None) -> Path:
     view = make_view(config.obs.live)
     try:
         view.start(f"{config.name} sft", config.warm_start.steps, str(target))
-        fine_tune(
-            config.warm_start,
-            initial_model(config, target.parent / f".{target.name}-init"),
-            target,
-            data.train,
-            seed=config.seed,
-            device=device.resolve(config.device),
-            template_kwargs=config.model.chat_template_kwargs,
-            view=view,
-        )
+        with tempfile.TemporaryDirectory() as scratch:
+            fine_tune(
+                config.warm_start,
+                initial_model(config, Path(scratch)),
+                target,
+                data.train,
+                seed=config.seed,
+                device=device.resolve(config.device),
+                template_kwargs=config.model.chat_template_kwargs,
+                view=view,
+            )
     finally:
         view.close()
     return target

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import traceback
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 from sluice import __version__, device
@@ -15,8 +16,8 @@ from sluice.config.run import RunConfig
 from sluice.data.buffer import Buffer
 from sluice.data.filters import make_filter
 from sluice.data.gate import Gate
-from sluice.errors import ConfigError
-from sluice.log.records import ResumeRecord, RunRecord, VersionRecord
+from sluice.errors import ConfigError, LogError
+from sluice.log.records import FaultRecord, ResumeRecord, RunRecord, VersionRecord
 from sluice.log.writer import LogWriter
 from sluice.models.build import load_tokenizer
 from sluice.obs.metrics import JsonlSink, MetricSink, TensorBoardSink
@@ -125,6 +126,17 @@ class InlineRun:
             return await self._drive(Loop(config, parts, progress), parts, fresh=checkpoint is None)
 
     async def _drive(self, loop: Loop, parts: Parts, *, fresh: bool) -> Summary:
+        """Run, and leave the first failure in the log with where it happened, its traceback included."""
+        try:
+            return await self._measure_and_train(loop, parts, fresh=fresh)
+        except Exception as error:
+            where = f"inline, batch {loop.progress.batch + 1}, version {parts.lineage.current}"
+            record = FaultRecord(f"{type(error).__name__}: {error}", where, traceback.format_exc())
+            with suppress(LogError):  # the log may be what failed; the error itself is raised either way
+                parts.journal.write_now(record)
+            raise
+
+    async def _measure_and_train(self, loop: Loop, parts: Parts, *, fresh: bool) -> Summary:
         """Activate the first weights, measure them, run the loop, measure again."""
         with self._timer.phase("publish"):
             published = parts.store.publish(parts.trainer, loop.progress.step)

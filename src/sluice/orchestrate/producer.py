@@ -121,7 +121,7 @@ class Producer:
         try:
             reward = await self._rubric.reward(episode.prompt, text, episode_id=episode.id)
         except VerifierFailure as failure:
-            await self._journal.write(FaultRecord("verifier", episode.id, str(failure)))
+            await self._journal.write(FaultRecord(str(failure), f"reward of {episode.id}"))
             info = {**episode.info, "failed_in": "reward"}
             return replace(episode, outcome=Outcome.INFRA_FAILURE, reason=str(failure), info=info), None
         await self._journal.write(RewardRecord(episode.id, reward))

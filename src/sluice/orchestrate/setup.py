@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,8 +91,11 @@ def initial_model(config: RunConfig, folder: Path) -> Path:
         return config.model.path
     assert config.model.scratch is not None  # held by ModelConfig
     made = folder / "model-init"
-    if not (made / "model.safetensors").exists():
-        make_scratch(config.model.scratch, made, seed=config.seed)
+    if not made.exists():
+        torn = folder / ".model-init.tmp"
+        shutil.rmtree(torn, ignore_errors=True)
+        make_scratch(config.model.scratch, torn, seed=config.seed)
+        torn.rename(made)  # a kill in between leaves nothing that looks like a model
     return made
 
 
