@@ -8,6 +8,8 @@ import os
 import random
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -128,3 +130,29 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path, lag: int, kills: i
     before, after = (json.loads((each.folder / "summary.json").read_text()) for each in (straight, broken))
     for name in ("eval_before", "eval_after", "greedy_before", "greedy_after", "steps", "seed"):
         assert before[name] == pytest.approx(after[name], abs=1e-6)
+
+
+def test_ctrl_c_says_how_to_go_on_and_going_on_works(tmp_path: Path) -> None:
+    config = tiny(tmp_path, steps=120, evaluation={"every": 0})
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(config.model_dump_json())
+    command = [sys.executable, "-c", "from sluice.cli import main; main()", "train", str(recipe)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell started us with &
+    )  # fmt: skip
+    until = time.monotonic() + DEADLINE
+    while records(config.folder / "log") < 150:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until, "the run did not get going"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=DEADLINE)[1]
+    assert process.returncode == 130
+    assert "--resume" in error
+    assert "Traceback" not in error
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 0, done.stderr
+    fate = account(LogReader(config.folder / "log").read(kinds=ACCOUNTED))
+    assert fate.complete
+    assert len(fate.trained_at(120)) == 16
