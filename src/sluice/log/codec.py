@@ -109,9 +109,17 @@ def _join(data: bytes, dtype: str) -> Array:
     return np.ascontiguousarray(planes.T).view(dtype).reshape(-1)
 
 
-def _array_dtype(hint: Any) -> str:
-    """`<i4` for `NDArray[np.int32]`."""
-    return np.dtype(get_args(get_args(hint)[1])[0]).newbyteorder("<").str
+def _scalar(hint: Any) -> type[np.generic] | None:
+    """`np.int32` for `NDArray[np.int32]`, None for any other hint."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is np.ndarray:
+        return get_args(arguments[1])[0]
+    return arguments[0] if origin is NDArray else None  # numpy 2.5 keeps the alias itself as the origin
+
+
+def _little_endian(scalar: type[np.generic]) -> str:
+    """`<i4` for `np.int32`."""
+    return np.dtype(scalar).newbyteorder("<").str
 
 
 # ── typed fields ────────────────────────────────────────────────────────────────────────────────────────
@@ -148,8 +156,9 @@ def _encoder(hint: Any) -> _Encoder:
             return lambda value, out: {name: encode(getattr(value, name), out) for name, encode in items}
         return lambda value, out: [encode(getattr(value, name), out) for name, encode in items]
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is np.ndarray:
-        return _array_encoder(_array_dtype(hint))
+    scalar = _scalar(hint)
+    if scalar is not None:
+        return _array_encoder(_little_endian(scalar))
     if origin is tuple and arguments[1:] == (...,):
         each = _encoder(arguments[0])
         return lambda value, out: [each(item, out) for item in value]
@@ -222,8 +231,9 @@ def _decoder(hint: Any) -> _Decoder:
         each_field = list(decoders.values())
         return lambda tree, arrays: hint(*(decode(item, arrays) for decode, item in zip(each_field, tree, strict=True)))
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is np.ndarray:
-        dtype, native = _array_dtype(hint), np.dtype(get_args(get_args(hint)[1])[0])
+    scalar = _scalar(hint)
+    if scalar is not None:
+        dtype, native = _little_endian(scalar), np.dtype(scalar)
         return lambda tree, arrays: arrays[dtype][tree[0] : tree[0] + tree[1]].astype(native)
     if origin is tuple:
         each = _decoder(arguments[0])
