@@ -1,6 +1,6 @@
 """The ring on one accelerator: a tiny model trains in several settings, is stopped and resumed.
 
-    python benchmarks/cuda.py [--device cuda] [--out FILE]
+    python -m benchmarks.cuda [--device cuda] [--out FILE]
 
 Trainer and embedded engine share the device. Prints one JSON object with the log-prob difference between them and the
 gradient norm of every step. Run it from the repository's root: the tiny recipe is that of the tests.
@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[1])]
 
 import torch
 from tests.tiny import tiny
@@ -53,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else arguments.device
     result = {
-        "command": f"python benchmarks/cuda.py --device {arguments.device}",
+        "command": f"python -m benchmarks.cuda --device {arguments.device}",
         "device": name,
         "versions": {each: version(each) for each in ("torch", "transformers", "numpy")},
         "settings": {setting: run(arguments.device, changes) for setting, changes in SETTINGS.items()},
