@@ -1,4 +1,4 @@
-"""The demo: a language model of 0.4 million parameters, made from random weights, learns by RL to carry.
+"""The demo: a language model of 0.3 million parameters, made from random weights, learns by RL to carry.
 
 The task is reasoning-gym's `basic_arithmetic`: "Calculate 84 + 67." A careless teacher demonstrates how to work it
 out, and forgets to carry most of the time:
@@ -70,7 +70,7 @@ def recipe() -> dict[str, Any]:
                 "architecture": {
                     "model_type": "qwen3",
                     "hidden_size": 128,
-                    "intermediate_size": 384,
+                    "intermediate_size": 256,
                     "num_hidden_layers": 2,
                     "num_attention_heads": 2,
                     "num_key_value_heads": 1,
