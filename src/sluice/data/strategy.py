@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from sluice.errors import DataError
-from sluice.types import Group, Prompt
+from sluice.types import Group, Prompt, Stateful
 
 
-class Strategy(Protocol):
+class Strategy(Stateful, Protocol):
     """Prompts and history → group requests. Its state is JSON and goes into every checkpoint.
 
     At lag 0 `observe` is called in dispatch order and before any later `next` that could depend on it, so
@@ -26,10 +26,6 @@ class Strategy(Protocol):
     def observe(self, group: Group) -> None:
         """A group is complete; called once for each, dropped ones included."""
         ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Cursor:

@@ -17,7 +17,7 @@ from sluice.data.buffer import Buffer
 from sluice.data.filters import make_filter
 from sluice.data.gate import Gate
 from sluice.errors import ConfigError, LogError
-from sluice.log.records import FaultRecord, ResumeRecord, RunRecord, VersionRecord
+from sluice.log.records import FaultRecord, ResumeRecord, RunRecord
 from sluice.log.writer import LogWriter
 from sluice.models.build import load_tokenizer
 from sluice.obs.metrics import JsonlSink, MetricSink, TensorBoardSink
@@ -48,7 +48,7 @@ from sluice.rollout.runner import SingleTurn
 from sluice.train.backends.torch import TorchTrainer
 from sluice.types import Version
 from sluice.weights.lineage import Lineage
-from sluice.weights.store import WeightStore, activate
+from sluice.weights.store import WeightStore
 
 
 class InlineRun:
@@ -84,7 +84,7 @@ class InlineRun:
             self._view.start(config.name, config.steps, str(folder), facts(config, data, self._device))
             stack.callback(self._view.close)
 
-            start = await self._start_model(checkpoint, data)
+            start = self._start_model(checkpoint, data)
             tokenizer = load_tokenizer(start)
             renderer = Renderer(tokenizer, config.model.chat_template_kwargs)
             engine, sink = make_engine(config.rollout, start, tokenizer, device=self._device)
@@ -117,7 +117,7 @@ class InlineRun:
             stack.push_async_callback(producer.close)
             sinks = self._sinks(stack, progress.batch)
             parts = Parts(
-                engine=engine, sink=sink, producer=producer,
+                sink=sink, producer=producer,
                 evaluator=self._evaluator(runner, renderer, journal, data),
                 trainer=trainer, algorithm=algorithm, buffer=buffer, gate=gate, lineage=lineage,
                 store=WeightStore(folder / "weights", start, lineage),
@@ -138,11 +138,7 @@ class InlineRun:
 
     async def _measure_and_train(self, loop: Loop, parts: Parts, *, fresh: bool) -> Summary:
         """Activate the first weights, measure them, run the loop, measure again."""
-        with self._timer.phase("publish"):
-            published = parts.store.publish(parts.trainer, loop.progress.step)
-            born = published.manifest
-            await parts.journal.write(VersionRecord(born.version, born.parent, born.checksum))
-            await activate(published, [parts.sink])
+        await loop.publish()
         if fresh:
             if parts.evaluator:
                 loop.progress.before = (await loop.evaluate()).to_json()
@@ -159,7 +155,7 @@ class InlineRun:
         self._view.finish(summary)
         return summary
 
-    async def _start_model(self, checkpoint: Checkpoint | None, data: Data) -> Path:
+    def _start_model(self, checkpoint: Checkpoint | None, data: Data) -> Path:
         """The model of step 0: the initial or the warm-started one. It is also the reference."""
         config = self._config
         start = initial_model(config, self._folder)

@@ -32,7 +32,6 @@ from sluice.obs.view import View
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.producer import Producer
-from sluice.rollout.engines.base import Engine
 from sluice.train.base import StepStats, Trainer
 from sluice.train.packing import make_batch
 from sluice.types import Group, Outcome, Scored, TrainSample, Version
@@ -61,7 +60,6 @@ class Progress:
 class Parts:
     """What the loop drives. Built by `orchestrate.setup`; any placement gives the same parts."""
 
-    engine: Engine
     sink: Sink
     producer: Producer
     evaluator: Evaluator | None
@@ -105,6 +103,16 @@ class Loop:
             period = config.checkpoint.every
             if last or (period and self.progress.batch % period == 0):
                 await self.checkpoint()
+
+    async def publish(self, *records: DispositionRecord) -> Version:
+        """Name the trainer's weights, log them behind what else belongs to the step, and activate them."""
+        parts = self._parts
+        with self._phase("publish"):
+            published = parts.store.publish(parts.trainer, self.progress.step)
+            born = published.manifest
+            await parts.journal.write(*records, VersionRecord(born.version, born.parent, born.checksum))
+            await activate(published, [parts.sink])
+        return born.version
 
     async def evaluate(self) -> EvalResult:
         """Measure the weights in use on the held-out prompts."""
@@ -165,18 +173,11 @@ class Loop:
             scored = self._score(judged)
         with self._phase("train"):
             stats = self._update(self._credit(scored))
-        with self._phase("publish"):
-            published = parts.store.publish(parts.trainer, progress.step)
-            manifest = published.manifest
-            await parts.journal.write(
-                *dispositions,
-                VersionRecord(manifest.version, manifest.parent, manifest.checksum),
-            )
-            await activate(published, [parts.sink])
+        version = await self.publish(*dispositions)
         parts.buffer.trained()
         progress.batch += 1
         metrics = rollout_metrics(groups, self._dropped) | gate_metrics | train_metrics(stats)
-        metrics["version/step"], metrics["version/attempt"] = manifest.version
+        metrics["version/step"], metrics["version/attempt"] = version
         self._count(groups, stats)
         self._check_mismatch(metrics)
         return metrics
