@@ -165,6 +165,23 @@ class Outcome(StrEnum):
         return self in (Outcome.COMPLETED, Outcome.TRUNCATED)
 
 
+class Routes(NamedTuple):
+    """Which experts a mixture-of-experts model sent each position to, from position `start` on.
+
+    `experts` is int16 of shape `[positions * layers * top_k]`, position-major; dense layers hold zeros.
+    """
+
+    start: int
+    layers: int
+    top_k: int
+    experts: NDArray[np.int16]
+
+    @property
+    def end(self) -> int:
+        """The first position that is not in it."""
+        return self.start + len(self.experts) // (self.layers * self.top_k)
+
+
 class Author(StrEnum):
     SAMPLED = "sampled"
     OBSERVED = "observed"
@@ -177,7 +194,8 @@ class Turn:
     A sampled turn has `logprobs` (behaviour: log-softmax(logits / T) of the engine, before top-p/top-k),
     `spans` that tile `[0, len(ids))`, and the sampling parameters in force. An observed turn has none.
     `sampled_logprobs` are those of the distribution actually drawn from (after top-p/top-k/min-p),
-    None when it is the plain one.
+    None when it is the plain one. `routes` are the experts of the segment's positions from the end of the
+    routes of the sampled turn before it (or the segment's start) to this turn's last token but one.
     """
 
     author: Author
@@ -187,6 +205,7 @@ class Turn:
     sampling: SamplingParams | None = None
     finish: str = ""
     sampled_logprobs: Floats | None = None
+    routes: Routes | None = None
 
     def __post_init__(self) -> None:
         n = len(self.ids)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sluice.config.base import Part
+from sluice.config.gateway import ChatConfig, GatewayConfig
 from sluice.config.model import DType
+from sluice.config.router import RouterConfig
+from sluice.config.runners import RunnerConfig, SingleTurnRunner
+from sluice.config.sglang import SGLangConfig
 from sluice.types import SamplingParams
 
 
@@ -66,29 +70,11 @@ class EmbeddedConfig(Part):
     """Precision of weights and cache."""
 
 
-class SGLangConfig(Part):
-    """A running SGLang server."""
-
-    sync: Literal["tensor", "disk"] = "tensor"
-    """How weights reach the server: tensors over shared memory (same host), or a folder both can read."""
-    bucket_bytes: int = Field(default=512 * 1024**2, ge=1024)
-    """Tensors are sent in buckets of about this size."""
-    api_key_env: str = ""
-    """Environment variable that holds the server's bearer token, when it wants one. The token itself is in no
-    recipe, log or run folder."""
-    request_seconds: float = Field(default=600.0, gt=0)
-    """Deadline of one generation."""
-    control_seconds: float = Field(default=120.0, gt=0)
-    """Deadline of any other call: handshake, pause, weight update."""
-    max_concurrent: int = Field(default=256, ge=1)
-    """Requests in flight at the server."""
-
-
 class RolloutConfig(Part):
     """Which engine, and the sampling of training episodes."""
 
     engine: str = "embedded"
-    """`embedded`, or the URL of a running SGLang server."""
+    """`embedded`; `sglang`, as `rollout.sglang` says; or the URL of one running SGLang server."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling of training episodes."""
     context_length: int | None = Field(default=None, ge=2)
@@ -96,11 +82,27 @@ class RolloutConfig(Part):
     embedded: EmbeddedConfig = EmbeddedConfig()
     """Settings of the embedded engine."""
     sglang: SGLangConfig = SGLangConfig()
-    """Settings of the SGLang client."""
+    """SGLang servers and their client."""
+    router: RouterConfig = RouterConfig()
+    """The router in front of several engines."""
+    gateway: GatewayConfig = GatewayConfig()
+    """The HTTP server that agents talk to."""
+    chat: ChatConfig = ChatConfig()
+    """Chat template, tool calls, reasoning."""
+    runner: RunnerConfig = SingleTurnRunner()
+    """Who executes an episode."""
 
     @field_validator("engine")
     @classmethod
     def _known_engine(cls, value: str) -> str:
-        if value != "embedded" and not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value!r} is neither 'embedded' nor the URL of an SGLang server (http://host:port)")
+        if value not in ("embedded", "sglang") and not value.startswith(("http://", "https://")):
+            raise ValueError(
+                f"{value!r} is neither 'embedded' nor 'sglang' nor the URL of an SGLang server (http://host:port)"
+            )
         return value
+
+    @model_validator(mode="after")
+    def _urls_have_one_place(self) -> Self:
+        if self.sglang.urls and self.engine != "sglang":
+            raise ValueError("sglang.urls are read with engine = 'sglang'; engine itself names one server at most")
+        return self

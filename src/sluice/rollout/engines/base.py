@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from sluice.types import Floats, Ids, SamplingParams, Version, VersionSpan
+from sluice.types import Floats, Ids, Routes, SamplingParams, Version, VersionSpan
 
 
 class Finish(StrEnum):
@@ -43,12 +43,20 @@ class GenerateRequest:
         noise_key: 64-bit key of the sampling noise. With the position it determines the draw, so results
             depend neither on batching nor on the order of requests. Engines that cannot key their noise
             say so in `Capabilities.keyed_noise`.
+        routing_key: keeps requests together at one engine: an episode id. Empty: anywhere.
+        on_tokens: called in the event loop with the ids drawn since the last call, as they are drawn, and for
+            the last time before `generate` returns; together they are `Generation.ids`. A turn that is cut by
+            a weight swap or by an engine's death goes on: what was told once is never taken back.
+        routes_from: first position whose experts are wanted, see `Generation.routes`; None: not wanted.
     """
 
     rid: str
     ids: Ids
     sampling: SamplingParams
     noise_key: int = 0
+    routing_key: str = ""
+    on_tokens: Callable[[Sequence[int]], None] | None = None
+    routes_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +67,9 @@ class Generation:
         logprobs: log-softmax(logits / T) of each drawn token, before top-p/top-k/min-p.
         sampled_logprobs: of the distribution drawn from; None when it is the same one.
         cached_tokens: context tokens that were not computed again.
+        routes: experts of the positions from `GenerateRequest.routes_from` to the last but one of context and
+            new tokens together (the last one was never an input); None when not wanted.
+        engine: name of the engine that served the last piece.
     """
 
     ids: Ids
@@ -67,6 +78,8 @@ class Generation:
     finish: Finish
     sampled_logprobs: Floats | None = None
     cached_tokens: int = 0
+    routes: Routes | None = None
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +94,8 @@ class Capabilities:
     keyed_noise: bool = False
     bracketed_updates: bool = False
     pause_modes: frozenset[PauseMode] = field(default_factory=lambda: frozenset(PauseMode))
+    routed_experts: bool = False
+    memory_release: bool = False
 
 
 class Engine(Protocol):
