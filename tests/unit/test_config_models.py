@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import get_origin
 
 import pytest
 from pydantic import ValidationError
@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 import sluice
 from sluice.config.base import Part
-from sluice.config.load import FREE_FORM
+from sluice.config.load import FREE_FORM, PATHS
 from sluice.config.run import RunConfig
 from sluice.config.shape import allows_none, alternatives, nested_parts
 
@@ -77,10 +77,10 @@ def test_what_may_be_none_is_none_by_default() -> None:
 def test_paths_and_free_form_tables_have_the_names_the_loader_knows() -> None:
     for part, name, field in all_fields():
         if Path in alternatives(field.annotation) and name != "runs_dir":
-            assert name == "path", f"{part}.{name} would not be found beside its recipe"
+            assert name in PATHS, f"{part}.{name} would not be found beside its recipe"
         if any(getattr(rule, "pattern", "") == r"^[^:]+:[A-Za-z_][A-Za-z0-9_.]*$" for rule in field.metadata):
-            assert name == "path", f"{part}.{name} would not be found beside its recipe"
-        if field.annotation == dict[str, Any]:
+            assert name in PATHS, f"{part}.{name} would not be found beside its recipe"
+        if get_origin(field.annotation) is dict:
             assert name in FREE_FORM, f"{part}.{name}: add it to FREE_FORM"
 
 

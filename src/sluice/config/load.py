@@ -39,10 +39,12 @@ from sluice.config.shape import Table, as_list, as_table, as_written, fill_defau
 from sluice.errors import ConfigError
 from sluice.nearest import nearest
 
-__all__ = ["FREE_FORM", "load_recipe", "resolved_json", "resolved_toml", "schema"]
+__all__ = ["FREE_FORM", "PATHS", "load_recipe", "resolved_json", "resolved_toml", "schema"]
 
-FREE_FORM = frozenset({"params", "architecture", "chat_template_kwargs"})
+FREE_FORM = frozenset({"params", "architecture", "chat_template_kwargs", "args", "env", "speculative"})
 """Tables whose keys belong to somebody else's code."""
+PATHS = frozenset({"path", "python", "template", "tools", "command", "verify"})
+"""Keys that hold a file, `file.py:name`, or a list of words some of which may be files."""
 _TOML_PLACE = re.compile(r" \(at line (\d+), column \d+\)")
 _SUFFIXES = (".toml", ".py", ".json")
 
@@ -151,7 +153,7 @@ def _toml_fault(path: Path, text: str, message: str) -> str:
 
 
 def _rebased(value: Any, folder: Path) -> Any:
-    """`value` with the relative paths that exist in `folder` made absolute. Path keys are called `path`."""
+    """`value` with the relative paths that exist in `folder` made absolute; see `PATHS`."""
     items = as_list(value)
     if items is not None:
         return [_rebased(item, folder) for item in items]
@@ -160,10 +162,12 @@ def _rebased(value: Any, folder: Path) -> Any:
         return value
     result: Table = {}
     for name, inner in table.items():
-        is_path = name == "path" and isinstance(inner, str | Path)
-        result[name] = (
-            _beside(str(inner), folder) if is_path else inner if name in FREE_FORM else _rebased(inner, folder)
-        )
+        if name in PATHS and isinstance(inner, str | Path):
+            result[name] = _beside(str(inner), folder)
+        elif name in PATHS and (words := as_list(inner)) is not None:
+            result[name] = [_beside(word, folder) if isinstance(word, str) else word for word in words]
+        else:
+            result[name] = inner if name in FREE_FORM else _rebased(inner, folder)
     return result
 
 
