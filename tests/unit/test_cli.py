@@ -19,6 +19,7 @@ from sluice.errors import EngineError, RewardError
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = (
     "", "train", "sft", "eval", "generate", "episodes", "doctor", "config", "config show", "config schema",
+    "models", "models fetch",
 )  # fmt: skip
 RECIPE = """
 name = "small"
@@ -100,7 +101,8 @@ def test_help_is_as_it_was(command: str, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_every_command_has_a_snapshot() -> None:
     commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert commands | {"config"} == {command.split()[0] for command in COMMANDS if command}
+    groups = {str(group.name) for group in app.registered_groups}
+    assert commands | groups == {command.split()[0] for command in COMMANDS if command}
 
 
 def test_help_in_a_process_of_its_own() -> None:
