@@ -1,0 +1,135 @@
+"""One tokenizer's chat template: messages in, text out, and what is found out about it by trying."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from sluice.errors import DataError
+from sluice.rollout.chat.base import ChatMessage, ToolCall, ToolSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""What a template raises when it does not take a message: its own word, or Python's from inside it."""
+
+PROBE = "q7sluice"
+"""A word that no template contains."""
+_PROBE_TOOL: ToolSpec = {
+    "type": "function",
+    "function": {
+        "name": PROBE,
+        "description": "Probe.",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]},
+    },
+}
+_PROBE_CALL = ToolCall("call00000", PROBE, '{"x": "y"}')
+
+
+class Template:
+    """Renders with the tokenizer's own chat template.
+
+    Templates disagree on how earlier calls are handed to them: arguments as JSON text or parsed, the content
+    beside a call as `""` or None. Both are tried once.
+
+    Attributes:
+        text: the Jinja source, all variants of it together.
+        takes_calls, takes_tools: whether earlier calls and offered tools appear in what is rendered at all.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template",
+                hint="add one to its tokenizer_config.json (or chat_template.jinja)",
+            )
+        self._tokenizer = tokenizer
+        self._kwargs = dict(template_kwargs)
+        given: Any = tokenizer.chat_template
+        self.text = "\n".join(given.values()) if isinstance(given, dict) else str(given)
+        self._arguments_as_text = False
+        self._empty: str | None = ""
+        self.takes_calls = self._find_manner()
+        rendered = self._try((ChatMessage("user", "u"),), (_PROBE_TOOL,))
+        self.takes_tools = rendered is not None and PROBE in rendered
+
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[ToolSpec] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        prompt: bool = True,
+    ) -> str:
+        """The conversation as text, with `prompt` up to where the next answer begins.
+
+        Raises:
+            DataError: the template does not take these messages.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [self._plain(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **{**self._kwargs, **(template_kwargs or {})},
+            )
+        except _REFUSALS as error:
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(
+                f"the chat template does not take these messages ({roles}): {type(error).__name__}: {error}",
+                hint="check the order of roles and the template's needs",
+            ) from error
+        return str(text)
+
+    def _try(self, messages: Sequence[ChatMessage], tools: Sequence[ToolSpec] = ()) -> str | None:
+        try:
+            return self.render(messages, tools)
+        except DataError:
+            return None
+
+    def _find_manner(self) -> bool:
+        """Choose how calls are handed over. Text is best: it comes back as the model wrote it."""
+        calling = ChatMessage("assistant", tool_calls=(_PROBE_CALL,))
+        messages = (ChatMessage("user", "u"), calling, ChatMessage("tool", "r", tool_call_id="call00000", name=PROBE))
+        for as_text in (True, False):
+            for empty in ("", None):
+                self._arguments_as_text, self._empty = as_text, empty
+                rendered = self._try(messages, (_PROBE_TOOL,)) or ""
+                before, _, after = rendered.rpartition(PROBE)
+                spelled = _PROBE_CALL.arguments in after or not as_text
+                if before and rendered.count(PROBE) > self._times_as_tool() and spelled:
+                    return True
+        self._arguments_as_text, self._empty = False, ""
+        return False
+
+    def _times_as_tool(self) -> int:
+        """How often a tool's name is printed where the tool is only offered."""
+        return (self._try((ChatMessage("user", "u"),), (_PROBE_TOOL,)) or "").count(PROBE)
+
+    def _plain(self, message: ChatMessage) -> dict[str, Any]:
+        """The dictionary that templates expect."""
+        plain: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning:
+            plain["reasoning_content"] = message.reasoning
+        if message.tool_calls:
+            plain["tool_calls"] = [self._plain_call(call) for call in message.tool_calls]
+            plain["content"] = message.content or self._empty
+        if message.tool_call_id:
+            plain["tool_call_id"] = message.tool_call_id
+        if message.name:
+            plain["name"] = message.name
+        return plain
+
+    def _plain_call(self, call: ToolCall) -> dict[str, Any]:
+        arguments: Any = call.arguments
+        if not self._arguments_as_text:
+            try:
+                arguments = json.loads(call.arguments)
+            except ValueError:
+                arguments = call.arguments
+        return {"type": "function", "id": call.id, "function": {"name": call.name, "arguments": arguments}}
