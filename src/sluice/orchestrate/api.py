@@ -20,7 +20,8 @@ from sluice.orchestrate.inline import InlineRun, evaluate_model
 from sluice.orchestrate.setup import embedded_engine, initial_model, load_data
 from sluice.orchestrate.warm_start import fine_tune
 from sluice.rollout.render import Renderer
-from sluice.rollout.runner import SingleTurn, noise_key
+from sluice.rollout.runners.base import EpisodeRequest, turn_noise
+from sluice.rollout.runners.single import SingleTurn
 from sluice.types import Message, Prompt, Version
 
 
@@ -118,14 +119,14 @@ async def _generate(
     engine = embedded_engine(EmbeddedConfig(), model, tokenizer, device=device.resolve("auto"), version=Version(0))
     capabilities = await engine.start()
     renderer = Renderer(tokenizer)
-    runner = SingleTurn(engine, renderer, seed=seed, context_length=capabilities.context_length)
+    runner = SingleTurn(engine, renderer, context_length=capabilities.context_length)
     params = sampling.params(eos=renderer.eos)
     try:
         answers: list[list[str]] = []
         for number, text in enumerate(prompts):
             prompt = Prompt(f"p{number}", "generate", (Message("user", text),))
             jobs = [
-                runner.answer(f"{prompt.id}.{k}", prompt.id, prompt, params, noise_key(seed, number, k))
+                runner.run(EpisodeRequest(f"{prompt.id}.{k}", prompt.id, prompt, params, turn_noise(seed, number, k)))
                 for k in range(n)
             ]
             episodes = await asyncio.gather(*jobs)

@@ -13,7 +13,7 @@ from sluice.log.records import EpisodeRecord, EvalRecord
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.producer import Producer
 from sluice.rollout.render import Renderer
-from sluice.rollout.runner import SingleTurn, noise_key
+from sluice.rollout.runners.base import EpisodeRequest, Runner, turn_noise
 from sluice.types import Episode, Prompt, SamplingParams, Version
 
 
@@ -72,7 +72,7 @@ class Evaluator:
 
     def __init__(
         self,
-        runner: SingleTurn,
+        runner: Runner,
         judge: Producer,
         renderer: Renderer,
         journal: Journal,
@@ -121,8 +121,8 @@ class Evaluator:
     async def _one(
         self, id: str, group: str, prompt: Prompt, sampling: SamplingParams, sample: int
     ) -> tuple[Episode, float | None]:
-        key = noise_key(self._seed, "eval", prompt.id, sample)
-        episode = await self._runner.answer(id, group, prompt, sampling, key)
+        noise = turn_noise(self._seed, "eval", prompt.id, sample)
+        episode = await self._runner.run(EpisodeRequest(id, group, prompt, sampling, noise, measured=True))
         await self._journal.write(EpisodeRecord(episode))
         if not episode.outcome.counts:
             return episode, None

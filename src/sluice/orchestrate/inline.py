@@ -44,7 +44,8 @@ from sluice.orchestrate.setup import (
 from sluice.orchestrate.warm_start import fine_tune
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.render import Renderer
-from sluice.rollout.runner import SingleTurn
+from sluice.rollout.runners.base import Runner
+from sluice.rollout.runners.single import SingleTurn
 from sluice.train.backends.torch import TorchTrainer
 from sluice.types import Version
 from sluice.weights.lineage import Lineage
@@ -90,7 +91,9 @@ class InlineRun:
             engine, sink = make_engine(config.rollout, start, tokenizer, device=self._device)
             stack.push_async_callback(engine.close)
             context_length = check_capabilities(config, await engine.start())
-            runner = SingleTurn(engine, renderer, seed=config.seed, context_length=context_length)
+            runner = SingleTurn(
+                engine, renderer, context_length=context_length, routes=config.rollout.sglang.routed_experts
+            )
             check_prompts(runner, data, config.rollout.sampling.max_new_tokens)
 
             algorithm = make_algorithm(config.algorithm, max_new_tokens=config.rollout.sampling.max_new_tokens)
@@ -111,7 +114,7 @@ class InlineRun:
             lineage = Lineage(logged_versions(folder / "log") if self._resume else ())
             progress, recovered = self._restore(checkpoint, buffer, lineage, trainer, journal)
             producer = Producer(
-                runner, rubric, renderer, journal, recovered=recovered,
+                runner, rubric, renderer, journal, seed=config.seed, recovered=recovered,
                 may_use=self._may_use(lineage, gate), stall_seconds=config.limits.stall_seconds,
             )  # fmt: skip
             stack.push_async_callback(producer.close)
@@ -214,7 +217,7 @@ class InlineRun:
                 sink.truncate_after(batch)
         return sinks
 
-    def _evaluator(self, runner: SingleTurn, renderer: Renderer, journal: Journal, data: Data) -> Evaluator | None:
+    def _evaluator(self, runner: Runner, renderer: Renderer, journal: Journal, data: Data) -> Evaluator | None:
         return make_evaluator(self._config, runner, renderer, journal, data) if data.held_out else None
 
     def _summary(self, loop: Loop, before: EvalResult | None, after: EvalResult | None) -> Summary:
@@ -234,9 +237,7 @@ class InlineRun:
         )
 
 
-def make_evaluator(
-    config: RunConfig, runner: SingleTurn, renderer: Renderer, journal: Journal, data: Data
-) -> Evaluator:
+def make_evaluator(config: RunConfig, runner: Runner, renderer: Renderer, journal: Journal, data: Data) -> Evaluator:
     """The evaluator of a recipe, with the evaluation's own rewards and sampling."""
     require(data.held_out, "held-out prompts")
     chosen = config.evaluation
@@ -244,7 +245,7 @@ def make_evaluator(
     rubric.check({prompt.task for prompt in data.held_out})
     rubric.check_prompts(data.held_out)
     judge = Producer(
-        runner, rubric, renderer, journal, recovered={}, may_use=lambda version: True,
+        runner, rubric, renderer, journal, seed=config.seed, recovered={}, may_use=lambda version: True,
         stall_seconds=config.limits.stall_seconds,
     )  # fmt: skip
     sampling = (chosen.sampling or config.rollout.sampling).params(eos=renderer.eos)
@@ -270,7 +271,7 @@ async def evaluate_model(config: RunConfig, model: Path | None) -> EvalResult:
     with tempfile.TemporaryDirectory() as scratch, LogWriter(Path(scratch)) as writer:
         context_length = check_capabilities(config, await engine.start())
         try:
-            runner = SingleTurn(engine, renderer, seed=config.seed, context_length=context_length)
+            runner = SingleTurn(engine, renderer, context_length=context_length)
             evaluator = make_evaluator(config, runner, renderer, Journal(writer), data)
             return await evaluator(0, Version(0))
         finally:

@@ -12,7 +12,7 @@ from sluice.orchestrate.journal import Journal
 from sluice.rewards.base import VerifierFailure
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.render import Renderer
-from sluice.rollout.runner import Runner
+from sluice.rollout.runners.base import EpisodeRequest, Runner
 from sluice.types import Episode, GroupRequest, Outcome, Reward, Scored, Version, expand
 
 
@@ -35,6 +35,7 @@ class Producer:
         rubric: its reward.
         renderer: turns sampled ids into the text that is judged.
         journal: the log.
+        seed: of the run; with prompt, group and sample it keys the sampling noise.
         recovered: episodes of an interrupted run by id; used instead of generating them again.
         may_use: whether a recovered episode's version still belongs to the run; see `Lineage.in_line`.
         stall_seconds: deadline of `next`.
@@ -47,11 +48,13 @@ class Producer:
         renderer: Renderer,
         journal: Journal,
         *,
+        seed: int,
         recovered: Mapping[str, Recovered],
         may_use: Callable[[Version], bool],
         stall_seconds: float,
     ) -> None:
         self._runner, self._rubric, self._renderer, self._journal = runner, rubric, renderer, journal
+        self._seed = seed
         self._recovered = dict(recovered)
         self._may_use = may_use
         self._stall_seconds = stall_seconds
@@ -93,7 +96,8 @@ class Producer:
     async def _episode(self, request: GroupRequest, sample: int) -> Scored:
         found = await self._recover(request, sample)
         if found is None:
-            episode, reward = await self._runner.run(request, sample), None
+            wanted = EpisodeRequest.member(request, sample, seed=self._seed)
+            episode, reward = await self._runner.run(wanted), None
             await self._journal.write(EpisodeRecord(episode))
         else:
             episode, reward = found.episode, found.reward

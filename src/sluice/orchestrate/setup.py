@@ -19,7 +19,7 @@ from sluice.plugins import check_protocol, load_object
 from sluice.rollout.engines.base import Capabilities, Engine
 from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.sglang import SGLangEngine
-from sluice.rollout.runner import SingleTurn
+from sluice.rollout.runners.base import Runner
 from sluice.types import Prompt, Version
 from sluice.weights.base import Sink
 
@@ -143,7 +143,7 @@ def check_capabilities(config: RunConfig, capabilities: Capabilities) -> int:
     return wanted or capabilities.context_length
 
 
-def check_prompts(runner: SingleTurn, data: Data, max_new_tokens: int) -> None:
+def check_prompts(runner: Runner, data: Data, max_new_tokens: int) -> None:
     """Render every prompt once, so that one that does not fit is told before anything is trained."""
     for prompts in (data.train, data.held_out, *data.levels):
         for prompt in prompts:

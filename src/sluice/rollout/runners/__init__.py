@@ -1,0 +1,1 @@
+"""Runners: who executes an episode."""
