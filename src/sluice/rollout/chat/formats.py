@@ -223,6 +223,7 @@ class Format:
         bare: a turn that is a JSON object may be a call without a mark.
         ends: tokens that end a turn, besides the tokenizer's own.
         openers: those of `ends` with which the next message begins.
+        spells: for a template without tools, they can be put into words (`spelled`).
     """
 
     name: str
@@ -234,6 +235,7 @@ class Format:
     bare: bool = False
     ends: tuple[str, ...] = ()
     openers: tuple[str, ...] = ()
+    spells: bool = False
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -248,9 +250,9 @@ FORMATS: dict[str, Format] = {
     form.name: form
     for form in (
         Format("none"),
-        Format("qwen", read_json, THINK, *_TAGS, ends=_CHATML),
+        Format("qwen", read_json, THINK, *_TAGS, ends=_CHATML, spells=True),
         Format("qwen_coder", read_qwen_coder, THINK, *_TAGS, ends=_CHATML),
-        Format("hermes", read_json, None, *_TAGS, ends=_CHATML),
+        Format("hermes", read_json, None, *_TAGS, ends=_CHATML, spells=True),
         Format(
             "glm",
             read_glm,

@@ -12,6 +12,7 @@ from sluice.errors import DataError
 from sluice.rollout.chat.base import ChatMessage, ToolCall, ToolSpec
 from sluice.rollout.chat.formats import FORMATS, detect
 from sluice.rollout.chat.parser import Detokeniser, TurnParser
+from sluice.rollout.chat.stability import Stability, examine
 from sluice.rollout.chat.template import Template
 from sluice.types import Ids, Prompt
 
@@ -66,20 +67,22 @@ class ChatRenderer:
             )
         self.format = detect(self._template.text) if config.format == "auto" else config.format
         self._format = FORMATS[self.format]
+        self._template.spells = self._format.spells and not self._template.takes_tools
         special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._end = self._find_end(special)
         self.eos = self._find_eos()
         self._openers = frozenset(self._known(self._format.openers))
-        marks = set(self._known(self._format.marks))
-        self._hidden_plain = frozenset({*special, *self.eos})
-        self._hidden = self._hidden_plain - marks
+        self._hidden_without_tools = frozenset({*special, *self.eos}) - {*self._known(self._format.think or ())}
+        self._hidden = self._hidden_without_tools - {*self._known(self._format.marks)}
         self._thinking = self._opens_thinking(self.begin((ChatMessage("user", "u"),)))
+        if config.on_rewrite == "fail":
+            self.require_stable()
 
     # Messages to ids.
 
     def begin(self, messages: Sequence[ChatMessage], tools: Sequence[ToolSpec] = (), **template_kwargs: Any) -> Ids:
         """A whole conversation up to where the answer begins; shape `[n]`."""
-        ids = self._encode(self._template.render(messages, tools, template_kwargs))
+        ids = self.encode(self._template.render(messages, tools, template_kwargs))
         if not len(ids):
             raise DataError("the conversation renders to no tokens", hint="check its messages and the template")
         return ids
@@ -97,7 +100,7 @@ class ChatRenderer:
         keeps it. Where a model ends its turn with the token that opens the next message, that token is not
         doubled.
         """
-        ids = self._encode(self._after_turn(messages, tools, template_kwargs))
+        ids = self.encode(self._after_turn(messages, tools, template_kwargs))
         if not len(last) or not len(ids):
             return ids
         ended, first = int(last[-1]), int(ids[0])
@@ -114,7 +117,11 @@ class ChatRenderer:
 
     def response_ids(self, text: str) -> Ids:
         """A demonstrated answer with its end-of-sequence token; shape `[n]`."""
-        return np.asarray([*self._encode(text), self.eos[0]], dtype=np.int32)
+        return np.asarray([*self.encode(text), self.eos[0]], dtype=np.int32)
+
+    def encode(self, text: str) -> Ids:
+        """Raw text as ids, nothing added; shape `[n]`."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
     # Ids to text.
 
@@ -122,6 +129,10 @@ class ChatRenderer:
         """Sampled ids as text, special tokens left out."""
         listed = [int(id) for id in ids]
         return str(self._tokenizer.decode(listed, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def whole_text(self, ids: Sequence[int] | Ids) -> str:
+        """Ids as text, special tokens included."""
+        return str(self._backend.decode([int(id) for id in ids], skip_special_tokens=False))
 
     def parser(
         self,
@@ -137,13 +148,25 @@ class ChatRenderer:
                 that is taken from the template's own opening of an answer.
         """
         thinking = self._thinking if prompt is None else self._opens_thinking(prompt)
-        hidden = self._hidden if tools else self._hidden_plain | frozenset()
+        hidden = self._hidden if tools else self._hidden_without_tools
         return TurnParser(Detokeniser(self._backend, hidden), self._format, tools, call_id, thinking=thinking)
 
-    # Inside.
+    # Whether the template leaves the past alone.
 
-    def _encode(self, text: str) -> Ids:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+    def check(self, turns: int = 4) -> Stability:
+        """Play a conversation of `turns` answers and compare with the template's own rendering of the whole."""
+        return examine(self, self._template, self._format, turns)
+
+    def require_stable(self) -> None:
+        """Raises DataError when the template rewrites the past."""
+        found = self.check()
+        if not found.template_stable:
+            raise DataError(
+                f"the chat template rewrites earlier turns: {'; '.join(found.rewrites)}",
+                hint='allow it with on_rewrite = "extend": sessions then go on by token extension',
+            )
+
+    # Inside.
 
     def _known(self, tokens: Sequence[str]) -> list[int]:
         """Ids of those of `tokens` that the vocabulary has as one token."""
@@ -163,8 +186,7 @@ class ChatRenderer:
     def _opens_thinking(self, prompt: Sequence[int] | Ids) -> bool:
         if self._format.think is None:
             return False
-        tail = self._backend.decode([int(id) for id in prompt[-_TAIL:]], skip_special_tokens=False)
-        return tail.rstrip().endswith(self._format.think[0])
+        return self.whole_text(prompt[-_TAIL:]).rstrip().endswith(self._format.think[0])
 
     def _after_turn(
         self, messages: Sequence[ChatMessage], tools: Sequence[ToolSpec], template_kwargs: Mapping[str, Any]

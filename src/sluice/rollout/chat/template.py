@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from sluice.errors import DataError
 from sluice.rollout.chat.base import ChatMessage, ToolCall, ToolSpec
+from sluice.rollout.chat.spelled import spell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,7 @@ class Template:
     Attributes:
         text: the Jinja source, all variants of it together.
         takes_calls, takes_tools: whether earlier calls and offered tools appear in what is rendered at all.
+        spells: put tools, calls and results into words for a template that has no place for them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
@@ -51,11 +53,12 @@ class Template:
         self._kwargs = dict(template_kwargs)
         given: Any = tokenizer.chat_template
         self.text = "\n".join(given.values()) if isinstance(given, dict) else str(given)
+        self.spells = False
         self._arguments_as_text = False
         self._empty: str | None = ""
+        self._offered = self._try((ChatMessage("user", "u"),), (_PROBE_TOOL,)).count(PROBE)
+        self.takes_tools = self._offered > 0
         self.takes_calls = self._find_manner()
-        rendered = self._try((ChatMessage("user", "u"),), (_PROBE_TOOL,))
-        self.takes_tools = rendered is not None and PROBE in rendered
 
     def render(
         self,
@@ -70,46 +73,66 @@ class Template:
         Raises:
             DataError: the template does not take these messages.
         """
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [self._plain(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **{**self._kwargs, **(template_kwargs or {})},
+        if self.spells:
+            messages, tools = spell(messages, tools), ()
+        elif tools and not self.takes_tools:
+            raise DataError(
+                "tools were offered, but the chat template has no place for them: the model would not see them",
+                hint="set the chat format to hermes, which puts them into words",
             )
+        elif not self.takes_calls and any(message.tool_calls for message in messages):
+            raise DataError(
+                "the history has tool calls, but the chat template has no place for them",
+                hint="set the chat format to hermes, which puts them into words",
+            )
+        return self._render(messages, tools, template_kwargs or {}, prompt=prompt)
+
+    def _render(
+        self, messages: Sequence[ChatMessage], tools: Sequence[ToolSpec], kwargs: Mapping[str, Any], *, prompt: bool
+    ) -> str:
+        plain = [self._plain(message) for message in messages]
+        settings: dict[str, Any] = {
+            "tools": [dict(tool) for tool in tools] or None,
+            "add_generation_prompt": prompt,
+            **self._kwargs,
+            **kwargs,
+        }
+        try:
+            if self._empty is not None:
+                return str(self._tokenizer.apply_chat_template(plain, tokenize=False, **settings))
+            # apply_chat_template drops keys whose value is None; a template that asks for None needs them.
+            from transformers.utils.chat_template_utils import render_jinja_template
+
+            source = self._tokenizer.get_chat_template(tools=settings["tools"])
+            named = {**self._tokenizer.special_tokens_map, **settings}
+            return render_jinja_template([plain], chat_template=source, **named)[0][0]
         except _REFUSALS as error:
             roles = ", ".join(message.role for message in messages)
             raise DataError(
                 f"the chat template does not take these messages ({roles}): {type(error).__name__}: {error}",
                 hint="check the order of roles and the template's needs",
             ) from error
-        return str(text)
 
-    def _try(self, messages: Sequence[ChatMessage], tools: Sequence[ToolSpec] = ()) -> str | None:
+    def _try(self, messages: Sequence[ChatMessage], tools: Sequence[ToolSpec] = ()) -> str:
+        """The conversation as text; empty when the template does not take it."""
         try:
-            return self.render(messages, tools)
+            return self._render(messages, tools, {}, prompt=True)
         except DataError:
-            return None
+            return ""
 
     def _find_manner(self) -> bool:
         """Choose how calls are handed over. Text is best: it comes back as the model wrote it."""
         calling = ChatMessage("assistant", tool_calls=(_PROBE_CALL,))
-        messages = (ChatMessage("user", "u"), calling, ChatMessage("tool", "r", tool_call_id="call00000", name=PROBE))
+        result = ChatMessage("tool", "r", tool_call_id=_PROBE_CALL.id)
         for as_text in (True, False):
             for empty in ("", None):
                 self._arguments_as_text, self._empty = as_text, empty
-                rendered = self._try(messages, (_PROBE_TOOL,)) or ""
-                before, _, after = rendered.rpartition(PROBE)
-                spelled = _PROBE_CALL.arguments in after or not as_text
-                if before and rendered.count(PROBE) > self._times_as_tool() and spelled:
+                rendered = self._try((ChatMessage("user", "u"), calling, result), (_PROBE_TOOL,))
+                spelled = _PROBE_CALL.arguments in rendered or not as_text
+                if rendered.count(PROBE) > self._offered and spelled:
                     return True
         self._arguments_as_text, self._empty = False, ""
         return False
-
-    def _times_as_tool(self) -> int:
-        """How often a tool's name is printed where the tool is only offered."""
-        return (self._try((ChatMessage("user", "u"),), (_PROBE_TOOL,)) or "").count(PROBE)
 
     def _plain(self, message: ChatMessage) -> dict[str, Any]:
         """The dictionary that templates expect."""
