@@ -34,6 +34,8 @@ def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path),
         # without it the server ends at start-up: the rotary embedding asks for vllm's CUDA kernels
         "SGLANG_USE_CPU_ENGINE": "1",
+        # SGLang compiles small functions at the first request otherwise (with tp > 1): no compiler, no server
+        "TORCHDYNAMO_DISABLE": "1",
         # one server shares the machine with a trainer; three processes with a thread per core are slower
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -71,6 +71,8 @@ def fill_triton(module: Any) -> None:
                 self.kwargs, self.num_warps, self.num_stages = kwargs, num_warps, num_stages
 
         module.Config = Config  # called with arguments while kernels are defined: TypeError without
+    if module.__name__ == "triton.backends":
+        module.backends = {}  # torch looks for a CPU among them: TypeError without
 
 
 def fill_torchvision(module: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sluice.errors import CapabilityError
 from sluice.rollout.engines.base import Capabilities, PauseMode
+from sluice.rollout.engines.sglang.messages import RouteShape
 from sluice.rollout.engines.sglang.wire import RefusedError, Wire
 from sluice.types import SamplingParams
 
@@ -16,6 +19,8 @@ ROUTES = (
     "/model_info", "/update_weights_from_disk", "/update_weights_from_tensor",
 )  # fmt: skip
 """What the client cannot do without."""
+NOBODY = "2.2.2.2"
+"""SGLang's own name of a partner that a prefill or decode server need not wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +31,13 @@ class Server:
         capabilities: what the engine as a whole can do, with what the client adds.
         bracketed: updates stand between /begin_weight_update and /end_weight_update (0.5.21 and later).
         retracts: a recompute pause is the server's own; else it is an abort, and requests are sent again.
-            Before 0.5.21 the flush that must follow ends the process while retracted requests wait.
+            Before 0.5.21 the flush that must follow ends the process while retracted requests wait, and a
+            decode server (0.5.21) counts tokens from before the pause as drawn by the weights after it.
         salted: requests can name a prefix-cache namespace.
         tp_size: tensor-parallel ranks; each reads its own copy of a serialised bucket.
         mask_tokens: largest top_k whose sampled-from distribution is reported; 0 when none is.
+        checks: it can tell a checksum of its weights.
+        routes: what a position's routed experts are made of; None when they are not reported.
     """
 
     capabilities: Capabilities
@@ -38,14 +46,21 @@ class Server:
     salted: bool
     tp_size: int
     mask_tokens: int
+    checks: bool = False
+    routes: RouteShape | None = None
 
     def reports_kept(self, sampling: SamplingParams) -> bool:
         """Whether it tells the log-probs after top-p/top-k/min-p: only for a bounded number of tokens."""
         return self.mask_tokens > 0 and (sampling.temperature == 0 or 1 <= sampling.top_k <= self.mask_tokens)
 
 
-async def shake_hands(wire: Wire, name: str) -> Server:
+async def shake_hands(wire: Wire, name: str, model: Path | None = None) -> Server:
     """Ask; ends a pause that somebody left behind.
+
+    Args:
+        wire: to the server.
+        name: of the engine.
+        model: folder of the model it serves; None takes what the server says, if that is a folder here.
 
     Raises:
         EngineError: nobody answers.
@@ -53,14 +68,19 @@ async def shake_hands(wire: Wire, name: str) -> Server:
     """
     spec = await _spec(wire)
     info = await wire.get("/server_info")
+    alone = info.get("disaggregation_mode") in (None, "", "null")
     await wire.post("/continue_generation")
-    spans = await _probe(wire)
+    spans = await _probe(wire, alone=alone)
     pauses = _fields(spec, "/pause_generation").get("mode", {}).get("enum", [])
     asks = _fields(spec, "/generate")
     bracketed = "/begin_weight_update" in spec["paths"]
     modes = {PauseMode.RECOMPUTE, PauseMode.ABORT}
-    if spans and "in_place" in pauses and "extra_key" in asks:
+    if "in_place" in pauses:
         modes.add(PauseMode.KEEP_KV)
+    routes = None
+    if info.get("enable_return_routed_experts"):
+        told = str(info.get("model_path", ""))
+        routes = route_shape(model or Path(told), name)
     return Server(
         Capabilities(
             name=name,
@@ -69,13 +89,59 @@ async def shake_hands(wire: Wire, name: str) -> Server:
             version_spans=spans,
             bracketed_updates=bracketed,
             pause_modes=frozenset(modes),
+            routed_experts=routes is not None,
+            memory_release=bool(info.get("enable_memory_saver")) and "/release_memory_occupation" in spec["paths"],
         ),
         bracketed=bracketed,
-        retracts=bracketed and spans and "retract" in pauses,
+        retracts=bracketed and spans and "retract" in pauses and alone,
         salted="extra_key" in asks,
         tp_size=int(info.get("tp_size", 1)),
         mask_tokens=int(info.get("sampling_mask_max_tokens", 4096)) if "return_sampling_mask" in asks else 0,
+        checks="/weights_checker" in spec["paths"],
+        routes=routes,
     )
+
+
+def common(servers: Sequence[Server], name: str) -> Server:
+    """What every one of several servers can do."""
+    found = [server.capabilities for server in servers]
+    return Server(
+        replace(
+            found[0],
+            name=name,
+            engine_version=", ".join(sorted({each.engine_version for each in found})),
+            context_length=min(each.context_length for each in found),
+            version_spans=all(each.version_spans for each in found),
+            bracketed_updates=all(each.bracketed_updates for each in found),
+            pause_modes=frozenset.intersection(*(each.pause_modes for each in found)),
+            routed_experts=all(each.routed_experts for each in found),
+            memory_release=all(each.memory_release for each in found),
+        ),
+        bracketed=all(server.bracketed for server in servers),
+        retracts=all(server.retracts for server in servers),
+        salted=all(server.salted for server in servers),
+        tp_size=max(server.tp_size for server in servers),
+        mask_tokens=min(server.mask_tokens for server in servers),
+        checks=all(server.checks for server in servers),
+        routes=servers[0].routes if all(server.routes == servers[0].routes for server in servers) else None,
+    )
+
+
+def route_shape(model: Path, name: str) -> RouteShape:
+    """Layers and experts per token of the model in a folder.
+
+    Raises:
+        CapabilityError: the folder does not say; without it the experts a server sends cannot be told apart.
+    """
+    try:
+        config: dict[str, Any] = json.loads((model / "config.json").read_text())
+        config = config.get("text_config", config)
+        return RouteShape(int(config["num_hidden_layers"]), int(config["num_experts_per_tok"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise CapabilityError(
+            f"{name} reports routed experts, but {model}/config.json does not tell layers and experts per token",
+            hint="serve the model from a folder that is readable here, or without --enable-return-routed-experts",
+        ) from error
 
 
 async def _spec(wire: Wire) -> dict[str, Any]:
@@ -96,11 +162,13 @@ async def _spec(wire: Wire) -> dict[str, Any]:
     return spec
 
 
-async def _probe(wire: Wire) -> bool:
+async def _probe(wire: Wire, *, alone: bool) -> bool:
     """Generate one token. Returns whether the reply has version spans; CapabilityError without log-probs."""
     sampling = {"max_new_tokens": 1, "ignore_eos": True}
-    reply = await wire.post("/generate", {"input_ids": [0], "sampling_params": sampling, "return_logprob": True})
-    meta = reply.get("meta_info", {})
+    body: dict[str, Any] = {"input_ids": [0], "sampling_params": sampling, "return_logprob": True}
+    if not alone:
+        body |= {"bootstrap_host": NOBODY, "bootstrap_room": 0}
+    meta = (await wire.post("/generate", body)).get("meta_info", {})
     if not meta.get("output_token_logprobs"):
         raise CapabilityError(
             f"{wire.where} returns no log-probs of sampled tokens",

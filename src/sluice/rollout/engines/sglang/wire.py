@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, cast
 
 import httpx
 
 from sluice.errors import EngineError
 
-NO_DEADLINE = float("inf")
-"""For calls whose caller holds the deadline."""
-
 
 class RefusedError(EngineError):
     """The server is alive and said no; caught by name where that has a meaning of its own."""
+
+    def __init__(self, message: str, *, hint: str = "", status: int = 0) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+
+
+class LostError(EngineError):
+    """Nobody answers any more, or not to the end; another server may."""
 
 
 class Wire:
@@ -26,11 +32,20 @@ class Wire:
         api_key: bearer token; empty for none.
         seconds: deadline of a call that names none.
         transport: replaces the network, for tests.
+        kind: what is at the URL, for messages.
     """
 
-    def __init__(self, url: str, *, api_key: str, seconds: float, transport: httpx.AsyncBaseTransport | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str,
+        seconds: float,
+        transport: httpx.AsyncBaseTransport | None = None,
+        kind: str = "SGLang server",
+    ) -> None:
         self.url = url
-        self.where = f"the SGLang server at {url}"
+        self.where = f"the {kind} at {url}"
         self._seconds = seconds
         self._client = httpx.AsyncClient(
             base_url=url,
@@ -40,8 +55,8 @@ class Wire:
             transport=transport,
         )
 
-    async def get(self, path: str) -> dict[str, Any]:
-        return await self._call("GET", path, None, self._seconds)
+    async def get(self, path: str, *, seconds: float | None = None) -> dict[str, Any]:
+        return await self._call("GET", path, None, self._seconds if seconds is None else seconds)
 
     async def post(
         self, path: str, body: Mapping[str, Any] | None = None, *, seconds: float | None = None
@@ -57,12 +72,43 @@ class Wire:
         """
         return await self._call("POST", path, body or {}, self._seconds if seconds is None else seconds)
 
+    async def answers(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        headers: Mapping[str, str],
+        heard: Callable[[Mapping[str, str]], None],
+    ) -> AsyncIterator[dict[str, Any]]:
+        """POST and yield what comes back: one object, or one per event of a stream. The caller holds the deadline.
+
+        Args:
+            path: route.
+            body: JSON.
+            headers: in addition to those of every call.
+            heard: called once with the headers of the reply, before anything is yielded.
+        """
+        call = f"POST {path}"
+        try:
+            async with self._client.stream("POST", path, json=body, headers=dict(headers)) as response:
+                heard(response.headers)
+                if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                    await response.aread()
+                    yield self._read(response, call)
+                    return
+                async for line in response.aiter_lines():
+                    event = line.removeprefix("data:").strip()
+                    if line.startswith("data:") and event != "[DONE]":
+                        yield self._event(event, call)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error, call) from error
+
     async def close(self) -> None:
         await self._client.aclose()
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
         try:
-            async with asyncio.timeout(None if seconds == NO_DEADLINE else seconds):
+            async with asyncio.timeout(seconds):
                 response = await self._client.request(method, path, json=body)
         except TimeoutError as error:
             raise EngineError(
@@ -70,11 +116,26 @@ class Wire:
                 hint="see the server's log; rollout.sglang.control_seconds is the deadline",
             ) from error
         except httpx.HTTPError as error:
-            raise EngineError(
-                f"{self.where} cannot be reached for {method} {path}: {str(error) or type(error).__name__}",
-                hint="is it running, and at that address? see the end of its log",
-            ) from error
+            raise self._unreachable(error, f"{method} {path}") from error
         return self._read(response, f"{method} {path}")
+
+    def _unreachable(self, error: httpx.HTTPError, call: str) -> LostError:
+        return LostError(
+            f"{self.where} cannot be reached for {call}: {str(error) or type(error).__name__}",
+            hint="is it running, and at that address? see the end of its log",
+        )
+
+    def _event(self, text: str, call: str) -> dict[str, Any]:
+        try:
+            event: Any = json.loads(text)
+        except ValueError as error:
+            raise EngineError(f"{self.where} sent an event to {call} that is no JSON: {text[:200]}") from error
+        reply = cast("dict[str, Any]", event) if isinstance(event, dict) else {}
+        if "error" in reply:
+            fault: Any = reply["error"]
+            code = cast("dict[str, Any]", fault).get("code", 0) if isinstance(fault, dict) else 0
+            raise self._refused(call, int(code) if str(code).isdigit() else 0, fault)
+        return reply
 
     def _read(self, response: httpx.Response, call: str) -> dict[str, Any]:
         try:
@@ -85,6 +146,9 @@ class Wire:
         if response.is_success and reply.get("success", True):
             return reply
         why: Any = reply.get("message") or reply.get("error") or content or response.reason_phrase
+        raise self._refused(call, response.status_code, why)
+
+    def _refused(self, call: str, status: int, why: Any) -> RefusedError:
         if isinstance(why, dict):
             why = cast("dict[str, Any]", why).get("message", why)
-        raise RefusedError(f"{self.where} refused {call} with status {response.status_code}: {str(why)[:500]}")
+        return RefusedError(f"{self.where} refused {call} with status {status}: {str(why)[:500]}", status=status)
