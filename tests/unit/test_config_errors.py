@@ -73,7 +73,7 @@ kl.where = "loss"
         "Valid: groups, curriculum, python  [bad.toml:10]",
         "  rewards.0.weight: must be a valid number, not 'heavy'  [override 'rewards.0.weight=heavy']",
         "  rewards.1.type: 'numric' is not valid, did you mean 'numeric'? "
-        "Valid: reasoning_gym, exact, numeric, python, random  [bad.toml:16]",
+        "Valid: reasoning_gym, exact, numeric, python, random, given  [bad.toml:16]",
         "  algorithm.kl.coefficient: missing (Weight of the penalty)  [bad.toml:28]",
         "  algorithm.normaliser: 'tokens' is not valid, did you mean 'token'? "
         "Valid: token, sequence, episode, constant  [bad.toml:27]",

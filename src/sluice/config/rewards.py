@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sluice.config.base import Part
 from sluice.config.data import ImportPath
@@ -82,7 +82,27 @@ class RandomReward(RewardBase):
     """Seed of the coin; the draw depends on the episode's id alone."""
 
 
+class GivenReward(RewardBase):
+    """A number that came with the episode: given over HTTP with the owner's key, by the runner's `verify`
+    program, or by a runner of your own in `Episode.info["rewards"]`.
+
+    A bare number, without a name, is called `reward`. What nobody gave makes the episode an infra failure.
+    """
+
+    type: Literal["given"] = "given"
+    component: str = "reward"
+    """Name under which it was given."""
+    default: float | None = Field(default=None, allow_inf_nan=False)
+    """Taken when nobody gave it and nothing failed; None makes the episode an infra failure."""
+
+    @model_validator(mode="after")
+    def _reads_no_text(self) -> Self:
+        if self.pattern:
+            raise ValueError("a given reward reads no text; leave `pattern` out")
+        return self
+
+
 RewardConfig = Annotated[
-    ReasoningGymReward | ExactReward | NumericReward | PythonReward | RandomReward,
+    ReasoningGymReward | ExactReward | NumericReward | PythonReward | RandomReward | GivenReward,
     Field(discriminator="type"),
 ]

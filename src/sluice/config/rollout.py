@@ -10,7 +10,7 @@ from sluice.config.base import Part
 from sluice.config.gateway import ChatConfig, GatewayConfig
 from sluice.config.model import DType
 from sluice.config.router import RouterConfig
-from sluice.config.runners import RunnerConfig, SingleTurnRunner
+from sluice.config.runners import RunnerConfig, SingleTurnRunner, ToolsRunner
 from sluice.config.sglang import SGLangConfig
 from sluice.types import SamplingParams
 
@@ -105,4 +105,10 @@ class RolloutConfig(Part):
     def _urls_have_one_place(self) -> Self:
         if self.sglang.urls and self.engine != "sglang":
             raise ValueError("sglang.urls are read with engine = 'sglang'; engine itself names one server at most")
+        return self
+
+    @model_validator(mode="after")
+    def _tools_can_be_called(self) -> Self:
+        if isinstance(self.runner, ToolsRunner) and self.chat.format == "none":
+            raise ValueError("chat.format = 'none' leaves tool calls as text, so the runner 'tools' would see none")
         return self

@@ -11,8 +11,9 @@ from sluice.config.algos import AlgorithmConfig, GRPOConfig
 from sluice.config.base import Part
 from sluice.config.data import DataConfig, OnStale
 from sluice.config.model import ModelConfig
-from sluice.config.rewards import RewardConfig
+from sluice.config.rewards import GivenReward, RewardConfig
 from sluice.config.rollout import RolloutConfig, SamplingConfig
+from sluice.config.runners import CommandRunner, ExternalRunner, PythonRunner
 from sluice.config.sft import SftConfig
 from sluice.config.train import TrainConfig
 
@@ -145,5 +146,25 @@ class RunConfig(Part):
             raise ValueError(
                 "gate.on_stale = 'wait' with algorithm.updates_per_batch > 1: each update is a step of lag; "
                 "use gate.on_stale = 'mask_tokens'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _runner_and_rewards_fit(self) -> Self:
+        runner = self.rollout.runner
+        given = any(isinstance(reward, GivenReward) for reward in self.rewards)
+        verifies = isinstance(runner, CommandRunner) and bool(runner.verify)
+        if given and not verifies and not isinstance(runner, ExternalRunner | PythonRunner):
+            missing = "without `verify` " if isinstance(runner, CommandRunner) else ""
+            raise ValueError(
+                f"rewards: nobody gives a reward of type 'given': the runner {runner.type!r} {missing}gives none; "
+                "give the command runner a `verify` program, use the external runner, or choose another reward"
+            )
+        if verifies and not given:
+            raise ValueError("rollout.runner.verify measures what no reward reads; add a reward of type 'given'")
+        if isinstance(runner, ExternalRunner) and (self.data.eval is not None or self.data.eval_prompts):
+            raise ValueError(
+                "rollout.runner = 'external': agents elsewhere cannot be asked for the held-out prompts; set "
+                "data.eval_prompts = 0 and leave data.eval out"
             )
         return self

@@ -123,7 +123,7 @@ class Producer:
         """Reward an episode and log it. A verifier that fails makes it an infra failure, never a 0."""
         text = "".join(self._renderer.text(turn.ids) for turn in list(episode.sampled_turns())[-1:])
         try:
-            reward = await self._rubric.reward(episode.prompt, text, episode_id=episode.id)
+            reward = await self._rubric.reward(episode.prompt, text, episode_id=episode.id, info=episode.info)
         except VerifierFailure as failure:
             await self._journal.write(FaultRecord(str(failure), f"reward of {episode.id}"))
             info = {**episode.info, "failed_in": "reward"}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sluice.config.rewards import (
     ExactReward,
+    GivenReward,
     NumericReward,
     PythonReward,
     RandomReward,
@@ -19,6 +21,7 @@ from sluice.errors import RewardError
 from sluice.nearest import did_you_mean
 from sluice.rewards.base import Verifier, VerifierFailure, as_score, shown
 from sluice.rewards.exact import ExactVerifier
+from sluice.rewards.given import GivenVerifier
 from sluice.rewards.numeric import NumericVerifier
 from sluice.rewards.python import PythonVerifier
 from sluice.rewards.random import RandomVerifier
@@ -34,7 +37,7 @@ class Component:
     weight: float
     tasks: frozenset[str]
     pattern: re.Pattern[str] | None
-    verifier: Verifier
+    verifier: Verifier | GivenVerifier
 
     def applies(self, task: str) -> bool:
         """Whether prompts of this task are scored by it."""
@@ -91,8 +94,10 @@ class Rubric:
                 if component.applies(prompt.task):
                     _check(component, prompt)
 
-    async def reward(self, prompt: Prompt, response: str, *, episode_id: str) -> Reward:
-        """Every applicable component's score of `response`.
+    async def reward(
+        self, prompt: Prompt, response: str, *, episode_id: str, info: Mapping[str, Any] | None = None
+    ) -> Reward:
+        """Every applicable component's score of `response`, or of what `info` of the episode brings with it.
 
         Raises:
             VerifierFailure: a component raised, timed out or returned something that is no finite number.
@@ -101,7 +106,10 @@ class Rubric:
         applicable = [component for component in self._components if component.applies(prompt.task)]
         if not applicable:
             self.check([prompt.task])
-        scores = {component.name: await _score(component, prompt, response, episode_id) for component in applicable}
+        scores = {
+            component.name: await _score(component, prompt, response, episode_id, info or {})
+            for component in applicable
+        }
         return Reward(scores, {component.name: component.weight for component in applicable})
 
 
@@ -112,10 +120,15 @@ def _check(component: Component, prompt: Prompt) -> None:
         raise RewardError(f"reward {component.name!r}: {error.args[0]}", hint=error.hint) from error
 
 
-async def _score(component: Component, prompt: Prompt, response: str, episode_id: str) -> float:
-    answer = extract(component.pattern, response)
+async def _score(
+    component: Component, prompt: Prompt, response: str, episode_id: str, info: Mapping[str, Any]
+) -> float:
+    verifier = component.verifier
     try:
-        value = await component.verifier.score(prompt, answer, episode_id=episode_id)
+        if isinstance(verifier, GivenVerifier):
+            value = verifier.pick(info)
+        else:
+            value = await verifier.score(prompt, extract(component.pattern, response), episode_id=episode_id)
     except (Exception, SystemExit) as error:
         what = error.args[0] if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
         raise VerifierFailure(component.name, prompt.id, f"raised {what}") from error
@@ -149,7 +162,7 @@ def _component(config: RewardConfig) -> Component:
     )
 
 
-def _verifier(config: RewardConfig) -> Verifier:
+def _verifier(config: RewardConfig) -> Verifier | GivenVerifier:
     match config:
         case ReasoningGymReward():
             return ReasoningGymVerifier(config)
@@ -161,3 +174,5 @@ def _verifier(config: RewardConfig) -> Verifier:
             return PythonVerifier(config)
         case RandomReward():
             return RandomVerifier(config)
+        case GivenReward():
+            return GivenVerifier(config)
