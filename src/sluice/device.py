@@ -32,3 +32,10 @@ def set_threads(threads: int | None) -> None:
     """Use this many CPU threads in torch; None leaves torch's choice."""
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def platform(device: str) -> str:
+    """`cpu`, `cuda` or `rocm`: which build of an engine goes with a resolved device."""
+    if device == "cpu":
+        return "cpu"
+    return "rocm" if torch.version.hip else "cuda"

@@ -11,6 +11,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SHIM = Path(__file__).parent / "cpu_shim"
+FLAGS: dict[str, str | bool] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "attention-backend": "torch_native",
+    "sampling-backend": "pytorch",
+    "grammar-backend": "none",
+    "disable-cuda-graph": True,
+    # the KV pool: 16 sequences of 512 tokens
+    "mem-fraction-static": "0.1",
+    "max-total-tokens": "8192",
+    "max-running-requests": "16",
+    "skip-server-warmup": True,
+}
+"""What a server needs on a CPU, without dashes; `True` is a bare flag."""
 
 
 def interpreter(environ: Mapping[str, str] = os.environ) -> Path:
@@ -26,8 +40,9 @@ def interpreter(environ: Mapping[str, str] = os.environ) -> Path:
     return python
 
 
-def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """A copy of `base` with what SGLang needs on a CPU."""
+def environment(base: Mapping[str, str] = os.environ, *, ranks: int = 1) -> dict[str, str]:
+    """A copy of `base` with what a server of `ranks` processes needs on a CPU."""
+    cores = os.cpu_count() or 1
     path = [str(SHIM), *filter(None, [base.get("PYTHONPATH")])]
     return {
         **base,
@@ -38,6 +53,8 @@ def environment(base: Mapping[str, str] = os.environ) -> dict[str, str]:
         "TORCHDYNAMO_DISABLE": "1",
         # one server shares the machine with a trainer; three processes with a thread per core are slower
         "OMP_NUM_THREADS": "1",
+        # without it several ranks want a NUMA node each
+        **({"SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(rank % cores) for rank in range(ranks))} if ranks > 1 else {}),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         # /health generates a token otherwise: about a second, and 20 s and then 503 while paused
@@ -57,13 +74,8 @@ def command(
         context_length: longest sequence, prompt and answer, in tokens.
         extra_args: further server flags; a repeated flag overrides the one given here.
     """
-    return [
-        *(str(python), "-m", "sglang.launch_server", "--model-path", str(model_path)),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native"),
-        *("--sampling-backend", "pytorch", "--grammar-backend", "none", "--disable-cuda-graph"),
-        # the KV pool: 16 sequences of the default length
-        *("--mem-fraction-static", "0.1", "--max-total-tokens", "8192", "--max-running-requests", "16"),
-        *("--context-length", str(context_length), "--skip-server-warmup"),
-        *extra_args,
-    ]
+    words = [str(python), "-m", "sglang.launch_server", "--model-path", str(model_path)]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--context-length", str(context_length)]
+    for name, value in FLAGS.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return [*words, *extra_args]

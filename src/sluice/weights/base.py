@@ -41,7 +41,11 @@ class Manifest:
 
 
 class Published(Protocol):
-    """A published version: its manifest and ways to read it. Stays readable until `WeightStore.release`."""
+    """A published version: its manifest and ways to read it.
+
+    Readable for as long as somebody holds it. The store holds the newest; an engine that may have to give it to
+    a server again later holds it too.
+    """
 
     @property
     def manifest(self) -> Manifest: ...
@@ -52,6 +56,14 @@ class Published(Protocol):
 
     def folder(self) -> Path:
         """A folder that holds the weights as `model.safetensors` with the model's config and tokenizer files."""
+        ...
+
+    def hold(self) -> None:
+        """Keep it readable until the matching `release`."""
+        ...
+
+    def release(self) -> None:
+        """Let go; the last one to do so frees it."""
         ...
 
 

@@ -42,6 +42,7 @@ class MemoryWeights:
         self._tensors = tensors
         self._home = home
         self._model_files = model_files
+        self._holders = 1  # who made it
 
     @property
     def manifest(self) -> Manifest:
@@ -76,10 +77,22 @@ class MemoryWeights:
             ) from error
         return folder
 
+    def hold(self) -> None:
+        """Keep it until the matching `release`.
+
+        Raises:
+            WeightsError: it is gone already.
+        """
+        if self._holders == 0:
+            raise WeightsError(f"version {self._manifest.version} was released: nobody held it any more")
+        self._holders += 1
+
     def release(self) -> None:
-        """Forget the tensors and remove the folder."""
-        self._tensors = {}
-        shutil.rmtree(self._home / f"v{self._manifest.version}", ignore_errors=True)
+        """Let go; the last holder's release forgets the tensors and removes the folder."""
+        self._holders -= 1
+        if self._holders == 0:
+            self._tensors = {}
+            shutil.rmtree(self._home / f"v{self._manifest.version}", ignore_errors=True)
 
 
 class WeightStore:
@@ -100,8 +113,8 @@ class WeightStore:
     def publish(self, source: Source, step: int) -> MemoryWeights:
         """Copy the parameters as they are now and name them.
 
-        The version's parent is the one published before. Older versions are released: every engine has
-        either applied a newer one or will be given this one.
+        The version's parent is the one published before. The store lets go of older versions; an engine holds
+        what it may have to load again, until it has this one.
 
         Raises:
             WeightsError: the source yields a name twice, or nothing.

@@ -223,6 +223,9 @@ class EmbeddedEngine:
         self._unroutable = None
         self._work.set()
 
+    async def release(self, routing_key: str) -> None:
+        """Nothing is kept by key."""
+
     async def close(self) -> None:
         """End the step loop; requests in flight get EngineError. Calling it again is harmless."""
         self._closed = True
@@ -296,6 +299,8 @@ class EmbeddedEngine:
         assert version is not None  # generate refuses until there is one, and it is never taken back
         for seq, token, logprob, sampled in zip(drawing, *drawn, strict=True):
             finish = seq.accept(token, logprob, sampled, version)
+            if (tell := seq.request.on_tokens) is not None:
+                asyncio.get_running_loop().call_soon(tell, [int(token)])  # its failure is not the engine's
             if finish is not None:
                 self._finish(seq, finish)
 

@@ -114,7 +114,7 @@ class SGLangEngine:
     async def release(self, routing_key: str) -> None:
         """Nothing is kept by key: there is one server."""
 
-    async def dispatch(self, request: GenerateRequest) -> Direct:
+    async def dispatch(self, request: GenerateRequest, failures: int) -> Direct:
         """For `Flights`."""
         return Direct(self._ready, self._flights)
 

@@ -16,93 +16,17 @@ import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from sluice.errors import CapabilityError, EngineError, Unroutable
+from sluice.errors import EngineError, Unroutable
 from sluice.rollout.engines.base import Finish, GenerateRequest, Generation
-from sluice.rollout.engines.sglang.handshake import Server
+from sluice.rollout.engines.sglang.dispatch import Dispatch, Ground, Traffic
+from sluice.rollout.engines.sglang.handshake import Server, admit
 from sluice.rollout.engines.sglang.messages import Answer, Piece, join, sampling_params
-from sluice.rollout.engines.sglang.wire import LostError, Wire
-from sluice.types import Version
+from sluice.rollout.engines.sglang.wire import LostError
 
 REABORT_SECONDS = 1.0
 """An abort that overtakes its request is ignored by the server; it is sent again after this long."""
-
-
-class Dispatch(Protocol):
-    """One POST of a request: where it goes, and what becomes of it.
-
-    Attributes:
-        wire: to the server, or to the router before it.
-        headers: of the request.
-        label: what the weights are called now; names the prefix-cache namespace.
-        held: the server is paused: an abort has no effect before it goes on.
-        lost: the server is gone, or may not be listened to any more.
-    """
-
-    wire: Wire
-    headers: Mapping[str, str]
-    label: str
-
-    @property
-    def held(self) -> bool: ...
-
-    @property
-    def lost(self) -> bool: ...
-
-    @property
-    def server(self) -> str:
-        """Name of the server that answers, as far as known."""
-        ...
-
-    def heard(self, headers: Mapping[str, str]) -> None:
-        """The reply begins: its headers may say who answers."""
-        ...
-
-    def cut(self) -> bool:
-        """Whether a pause since the dispatch has aborted what the server ran."""
-        ...
-
-    def version_of(self, label: str) -> Version:
-        """What the server's name of its weights means. LostError for weights that were not applied by us."""
-        ...
-
-    async def abort(self, rid: str) -> None: ...
-
-    async def failed(self, error: EngineError) -> None:
-        """Raise what the caller is to see, or return when it is to be sent again."""
-        ...
-
-    def close(self) -> None:
-        """The POST is over, whatever came of it."""
-        ...
-
-
-class Ground(Protocol):
-    """Who owns the servers."""
-
-    async def dispatch(self, request: GenerateRequest) -> Dispatch: ...
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What went over the wire.
-
-    Attributes:
-        requests: POSTs by server.
-        context_tokens, cached_tokens: of the first POST of each turn; their ratio is the prefix hit rate.
-        resumed: turns that were sent again after a cut.
-    """
-
-    requests: dict[str, int] = field(default_factory=dict[str, int])
-    context_tokens: int = 0
-    cached_tokens: int = 0
-    resumed: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the context tokens that were found in a cache; 0 before the first turn."""
-        return self.cached_tokens / self.context_tokens if self.context_tokens else 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -112,12 +36,14 @@ class Flight:
     Attributes:
         request: as it came.
         aborted: it is to end as it is.
+        failures: POSTs in a row that brought nothing.
         signal: set when whoever waits for the reply must look up.
         pieces: what was drawn so far.
     """
 
     request: GenerateRequest
     aborted: bool = False
+    failures: int = 0
     signal: asyncio.Event = field(default_factory=asyncio.Event)
     pieces: list[Piece] = field(default_factory=list[Piece])
 
@@ -233,7 +159,7 @@ class Flights:
                 whole = Finish.STOP if flight.ended else Finish.LENGTH if drawn == max_new_tokens else Finish.ABORT
                 flight.pieces.append(Piece(whole))
                 return who
-            dispatch = await self._ground.dispatch(flight.request)
+            dispatch = await self._ground.dispatch(flight.request, flight.failures)
             sent += 1
             self.traffic.resumed += sent == 2  # a turn counts once, however often it is sent
             try:
@@ -261,6 +187,7 @@ class Flights:
         except EngineError as error:
             if tells and answer.ids:
                 flight.pieces.append(self._piece(flight, dispatch, answer, start, server))
+            flight.failures = 0 if answer.ids else flight.failures + 1
             self.refuse_if_failed()
             await dispatch.failed(error)
             return False
@@ -341,39 +268,3 @@ class Flights:
                 tell(new)
         if not answer.ended:
             raise LostError(f"{dispatch.wire.where} ended its answer to request {flight.request.rid!r} half-way")
-
-
-def admit(request: GenerateRequest, server: Server, vocab_size: int | None) -> int:
-    """Refuse what can never be served, or would end the server. Returns how many tokens may be drawn.
-
-    Raises:
-        EngineError: the context is empty, too long, or has ids outside the vocabulary.
-        CapabilityError: the distribution that is sampled from, or the experts, could not be reported.
-    """
-    rid, ids, sampling = request.rid, request.ids, request.sampling
-    name, context_length = server.capabilities.name, server.capabilities.context_length
-    if ids.ndim != 1 or not len(ids):
-        raise EngineError(f"request {rid!r} has a context of shape {list(ids.shape)}, not [n ≥ 1]")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (vocab_size is not None and high >= vocab_size):
-        raise EngineError(
-            f"request {rid!r} has token ids from {low} to {high}; the vocabulary has {vocab_size}",
-            hint="prompts must be made with the tokenizer of the model that is served",
-        )
-    if len(ids) >= context_length:
-        raise EngineError(
-            f"request {rid!r} has {len(ids)} context tokens; {name} holds {context_length}, and at "
-            "least one token must be drawn",
-            hint="shorten the prompt or start SGLang with a larger --context-length",
-        )
-    if not sampling.is_plain and not server.reports_kept(sampling):
-        raise CapabilityError(
-            f"{name} cannot report the distribution it samples from with {sampling}",
-            hint=f"with top_p or min_p also set top_k, from 1 to {server.mask_tokens}, or sample plainly",
-        )
-    if request.routes_from is not None and not server.capabilities.routed_experts:
-        raise CapabilityError(
-            f"{name} does not report routed experts, which request {rid!r} asks for",
-            hint="start it with rollout.sglang.routed_experts = true, or --enable-return-routed-experts",
-        )
-    return min(sampling.max_new_tokens, context_length - len(ids))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sluice.errors import CapabilityError
-from sluice.rollout.engines.base import Capabilities, PauseMode
+from sluice.errors import CapabilityError, EngineError
+from sluice.rollout.engines.base import Capabilities, GenerateRequest, PauseMode
 from sluice.rollout.engines.sglang.messages import RouteShape
 from sluice.rollout.engines.sglang.wire import RefusedError, Wire
 from sluice.types import SamplingParams
@@ -184,3 +184,39 @@ def _fields(spec: Mapping[str, Any], route: str) -> dict[str, Any]:
     if "$ref" in schema:
         schema = spec["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
     return schema.get("properties", {})
+
+
+def admit(request: GenerateRequest, server: Server, vocab_size: int | None) -> int:
+    """Refuse what can never be served, or would end the server. Returns how many tokens may be drawn.
+
+    Raises:
+        EngineError: the context is empty, too long, or has ids outside the vocabulary.
+        CapabilityError: the distribution that is sampled from, or the experts, could not be reported.
+    """
+    rid, ids, sampling = request.rid, request.ids, request.sampling
+    name, context_length = server.capabilities.name, server.capabilities.context_length
+    if ids.ndim != 1 or not len(ids):
+        raise EngineError(f"request {rid!r} has a context of shape {list(ids.shape)}, not [n ≥ 1]")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocab_size is not None and high >= vocab_size):
+        raise EngineError(
+            f"request {rid!r} has token ids from {low} to {high}; the vocabulary has {vocab_size}",
+            hint="prompts must be made with the tokenizer of the model that is served",
+        )
+    if len(ids) >= context_length:
+        raise EngineError(
+            f"request {rid!r} has {len(ids)} context tokens; {name} holds {context_length}, and at "
+            "least one token must be drawn",
+            hint="shorten the prompt or start SGLang with a larger --context-length",
+        )
+    if not sampling.is_plain and not server.reports_kept(sampling):
+        raise CapabilityError(
+            f"{name} cannot report the distribution it samples from with {sampling}",
+            hint=f"with top_p or min_p also set top_k, from 1 to {server.mask_tokens}, or sample plainly",
+        )
+    if request.routes_from is not None and not server.capabilities.routed_experts:
+        raise CapabilityError(
+            f"{name} does not report routed experts, which request {rid!r} asks for",
+            hint="start it with rollout.sglang.routed_experts = true, or --enable-return-routed-experts",
+        )
+    return min(sampling.max_new_tokens, context_length - len(ids))

@@ -1,0 +1,317 @@
+"""Several SGLang servers as one engine and one sink: behind the router, or one alone.
+
+generate ──► Flights ──► Routed ──► router ──► a server         (keys by `Affinity`)
+apply    ──► unit after unit: hold, load, let go                (a unit is swapped as one)
+keepers  ──► one per server: lease, loss, restart, the run's weights, back into routing
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
+
+import httpx
+
+from sluice.config.router import RouterConfig
+from sluice.config.sglang import SGLangConfig
+from sluice.errors import EngineError, Unroutable, WeightsError
+from sluice.rollout.engines.base import Capabilities, GenerateRequest, Generation, PauseMode
+from sluice.rollout.engines.sglang.affinity import Affinity
+from sluice.rollout.engines.sglang.control import vocabulary
+from sluice.rollout.engines.sglang.flights import Flights
+from sluice.rollout.engines.sglang.handshake import Server, common
+from sluice.rollout.engines.sglang.keeper import keep
+from sluice.rollout.engines.sglang.member import Member, State
+from sluice.rollout.engines.sglang.roster import Fault, Roster, Spreader, all_of
+from sluice.rollout.engines.sglang.routed import Routed
+from sluice.types import Version
+from sluice.weights.base import Published
+
+
+class SGLangFleet:
+    """Servers that serve one policy together.
+
+    Args:
+        members: the servers, not started yet.
+        config: what they have in common.
+        router: ceiling and slack of the affinity.
+        spreader: makes a router; None sends everything to the only member.
+        api_key: bearer token of the servers; empty for none.
+        transport: replaces the network to the router, for tests.
+        progress: told what happens to the fleet, in a line each.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        config: SGLangConfig,
+        router: RouterConfig,
+        *,
+        spreader: Callable[[], Spreader] | None = None,
+        api_key: str = "",
+        transport: httpx.AsyncBaseTransport | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.affinity = Affinity(router.ceiling, router.slack)
+        self._config = config
+        self._progress = progress
+        self._roster = Roster(
+            members,
+            spreader,
+            api_key=api_key,
+            seconds=config.control_seconds,
+            transport=transport,
+            tell=self._tell,
+            moved=self._moved,
+        )
+        self._server: Server | None = None  # what every member can do
+        self._target: Published | None = None  # what members should be serving
+        self._shut = False  # an update is under way and nobody serves beside it
+        self._lock = asyncio.Lock()  # one pause, resume, update or admission at a time
+        self._settled = asyncio.Condition()
+        self._keepers: list[asyncio.Task[None]] = []
+        self._flights = Flights(
+            self, name=self.name, seconds=config.request_seconds, slots=config.max_concurrent * len(members)
+        )
+
+    @property
+    def name(self) -> str:
+        members = self._roster.members
+        return f"sglang x {len(members)}" if len(members) > 1 else members[0].name
+
+    @property
+    def version(self) -> Version | None:
+        """What members should be serving; None while none of them does."""
+        if self._target is None or self._flights.failed or not self._roster.serves:
+            return None
+        return self._target.manifest.version
+
+    def members(self) -> Iterable[Member]:
+        return self._roster.members
+
+    # ── life ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def start(self) -> Capabilities:
+        """Start or find every server and the router, and shake hands. Harmless when repeated.
+
+        Raises:
+            EngineError: one of them did not come up; those that did are ended again.
+        """
+        if self._server is None:
+            try:
+                started = await all_of([member.start() for member in self.members()])
+                await self._roster.start_router()
+                self._server = common(started, self.name)
+            except BaseException:
+                await self.close()
+                raise
+            for member in self.members():
+                self._keep(keep(self, member), member.name)
+            if self._roster.wire is not None:
+                self._keep(self._keep_router(), "router")
+        return self._server.capabilities
+
+    async def close(self) -> None:
+        """End what was started here, in every state; requests in flight get Unroutable."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._keepers = []
+        self._server = None
+        self._flights.fail("the engine was closed")
+        target, self._target = self._target, None
+        if target is not None:
+            target.release()
+        await asyncio.gather(self._roster.close_router(), *(member.stop() for member in self.members()))
+
+    def _keep(self, keeper: Coroutine[Any, Any, None], name: str) -> None:
+        """A keeper that fails takes the engine with it: nobody would watch over its server."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                self._flights.fail(f"watching over {name} failed: {task.exception()!r}")
+
+        task = asyncio.create_task(keeper, name=name)
+        task.add_done_callback(ended)
+        self._keepers.append(task)
+
+    async def _keep_router(self) -> None:
+        """A router that ended is started again, as often as an engine, and told who serves."""
+        for _ in range(self._config.restarts):
+            self._tell(f"router: lost: {await self._roster.router_ended()}")
+            async with self._lock:
+                await self._roster.start_router()
+            self._tell("router: serving again")
+        self._flights.fail(f"the router ended too often: {await self._roster.router_ended()}")
+
+    # ── generation ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Sample one continuation, at any server; waits while the engine is paused or a server is brought back.
+
+        Raises:
+            EngineError: the request cannot be served as it is, or failed too often, or missed its deadline.
+            Unroutable: no server may serve: no version was applied yet, or all are lost.
+        """
+        if self._server is None:
+            raise EngineError(f"{self.name} is not started, or closed", hint="await start() first")
+        rows = vocabulary(self._target.manifest if self._target else None)
+        return await self._flights.generate(request, self._server, rows)
+
+    async def abort(self, rids: Sequence[str] | None = None) -> None:
+        self._flights.abort(rids)
+
+    async def release(self, routing_key: str) -> None:
+        """The episode has ended: forget where it was."""
+        self.affinity.forget(routing_key)
+
+    async def dispatch(self, request: GenerateRequest, failures: int) -> Routed:
+        """For `Flights`."""
+        router, members = self._roster.wire, self._roster.members
+        only = members[0] if len(members) == 1 else None
+        if router is None and members[0].state is State.AWAY:
+            raise Unroutable(f"{members[0].name} is not running")
+        return Routed(
+            self,
+            router or members[0].control.wire,
+            key=request.routing_key if router else "",
+            member=only,
+            label=next((member.control.label for member in members if member.state is State.SERVING), ""),
+            failures=failures,
+        )
+
+    # ── control ─────────────────────────────────────────────────────────────────────────────────────────
+
+    async def pause(self, mode: PauseMode = PauseMode.RECOMPUTE) -> None:
+        """Stop drawing tokens everywhere; see `PauseMode`. A server that dies meanwhile is lost, not an error.
+
+        Raises:
+            CapabilityError: a server does not know the mode.
+        """
+        async with self._lock:
+            if not self._flights.failed:
+                self._flights.ready()
+            await self._roster.pause(mode)
+            await self._settle()
+            if mode is PauseMode.ABORT:
+                self._flights.abort()
+
+    async def resume(self) -> None:
+        """Go on drawing tokens, where a version may be served."""
+        async with self._lock:
+            await self._roster.resume()
+            await self._settle()
+
+    async def apply(self, published: Published) -> None:
+        """Swap in a version, unit after unit, so that others keep serving; all at once when nothing is in flight.
+
+        A unit that does not take it, nor on a second try, is out of routing until a later one is taken, and
+        its weights agree by checksum with those of its like. A lost server takes the version when it is back.
+
+        Raises:
+            WeightsError, EngineError: no unit took the version, and none will by itself.
+        """
+        roster = self._roster
+        published.hold()
+        async with self._lock:
+            old, self._target = self._target, published
+            self._shut = sum(unit.serves for unit in roster.units) <= 1
+            await self._settle()
+            try:
+                faults = await self._apply(published)
+            finally:
+                self._shut = False
+                if old is not None:
+                    old.release()
+                await self._settle()
+        if not roster.serves:
+            if faults and not roster.hopeful:
+                raise next((fault for fault in faults if isinstance(fault, WeightsError)), faults[0])
+            await self._wait_until_served()
+
+    async def _apply(self, published: Published) -> list[Fault]:
+        roster = self._roster
+        if not any(member.in_flight for member in roster.members):
+            found = await all_of([roster.swap(unit, unit.present, published) for unit in roster.units])
+        else:
+            found = [await roster.swap(unit, unit.present, published) for unit in roster.units]
+        return [fault for faults in found for fault in faults]
+
+    async def _wait_until_served(self) -> None:
+        seconds = self._config.start_seconds
+        try:
+            async with asyncio.timeout(seconds), self._settled:
+                await self._settled.wait_for(lambda: self._roster.serves or not self._roster.hopeful)
+        except TimeoutError as error:
+            raise EngineError(f"no server of {self.name} was back within {seconds:g} s") from error
+        self._flights.refuse_if_failed()
+
+    async def _settle(self) -> None:
+        """Bring the gate to where the servers are."""
+        roster = self._roster
+        if self._target is not None and self._server is not None:
+            if not roster.hopeful and not self._shut:
+                self._flights.fail("; ".join(why_not(member) for member in roster.members))
+            elif roster.mode is None and not self._shut and roster.serves:
+                self._flights.open()
+            else:
+                self._flights.ready()
+        async with self._settled:
+            self._settled.notify_all()
+
+    # ── keepers ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def doubt(self, member: Member, why: str) -> None:
+        """Have a member looked at now."""
+        self._tell(f"{member.name}: {why}")
+        member.doubted.set()
+
+    async def lose(self, member: Member, why: str) -> None:
+        """Take a member out of routing; what it was busy with is sent elsewhere."""
+        self._tell(f"{member.name}: lost: {why}")
+        await self._roster.unroute(member, State.AWAY)
+        await self._settle()
+
+    async def admit(self, member: Member) -> None:
+        """Give a member that is back the weights of the run, and route to it."""
+        async with self._lock:
+            if self._target is not None:
+                unit = next(unit for unit in self._roster.units if member in unit.members)
+                faults = await self._roster.swap(unit, [member], self._target)
+                if faults:
+                    raise faults[0]
+            await self._settle()
+        self._tell(f"{member.name}: serving again")
+
+    async def give_up(self, member: Member, why: str) -> None:
+        """A member is not started again."""
+        member.given_up = True
+        self._tell(f"{member.name}: given up after {member.restarts} restarts: {why}")
+        await self._settle()
+
+    def _moved(self, member: Member) -> None:
+        self.affinity.evict(member.name)
+        self._flights.wake()
+
+    def _tell(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress(line)
+
+    def figures(self) -> dict[str, float]:
+        """Counters since the start, for the metrics of a run."""
+        traffic = self._flights.traffic
+        return {
+            "engine/prefix_hit_rate": traffic.hit_rate,
+            "engine/rekeyed": float(self.affinity.rekeyed),
+            "engine/restarts": float(sum(member.restarts for member in self.members())),
+            "engine/resumed_turns": float(traffic.resumed),
+            **{f"engine/requests/{name}": float(count) for name, count in sorted(traffic.requests.items())},
+        }
+
+
+def why_not(member: Member) -> str:
+    """Why a member serves nothing."""
+    if member.state is State.AWAY:
+        return f"{member.name} is lost"
+    return f"{member.name}: {member.control.unroutable or member.state}"
