@@ -209,6 +209,7 @@ def typed(text: str, schema: Any) -> Any:
 # ── the formats ─────────────────────────────────────────────────────────────────────────────────────────
 
 THINK = ("<think>", "</think>")
+_TAGS = ("<tool_call>", "</tool_call>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,7 @@ class Format:
         bare: a turn that is a JSON object may be a call without a mark.
         ends: tokens that end a turn, besides the tokenizer's own.
         openers: those of `ends` with which the next message begins.
-        spells: for a template without tools, they can be put into words (`spelled`).
+        offer: words for the system message where the template has none for tools, with `{tools}`.
     """
 
     name: str
@@ -235,7 +236,12 @@ class Format:
     bare: bool = False
     ends: tuple[str, ...] = ()
     openers: tuple[str, ...] = ()
-    spells: bool = False
+    offer: str = ""
+
+    @property
+    def spells(self) -> bool:
+        """Calls and results can be put into words too (`chat/spelled.py`), not only the offer."""
+        return self.read is read_json and self.open == _TAGS[0]
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -243,16 +249,37 @@ class Format:
         return tuple(mark for mark in (*(self.think or ()), self.open, self.close, *self.silent) if mark)
 
 
-_TAGS = ("<tool_call>", "</tool_call>")
 _CHATML = ("<|im_end|>", "<|endoftext|>")
+
+_HERMES_OFFER = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>"""
+
+_DEEPSEEK_OFFER = """## Tools
+
+You have access to the following tools:
+{tools}
+
+To use tools, end the answer with exactly this, arguments as a JSON object, further calls in the same way:
+<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>"""
 
 FORMATS: dict[str, Format] = {
     form.name: form
     for form in (
         Format("none"),
-        Format("qwen", read_json, THINK, *_TAGS, ends=_CHATML, spells=True),
+        Format("qwen", read_json, THINK, *_TAGS, ends=_CHATML, offer=_HERMES_OFFER),
         Format("qwen_coder", read_qwen_coder, THINK, *_TAGS, ends=_CHATML),
-        Format("hermes", read_json, None, *_TAGS, ends=_CHATML, spells=True),
+        Format("hermes", read_json, None, *_TAGS, ends=_CHATML, offer=_HERMES_OFFER),
         Format(
             "glm",
             read_glm,
@@ -272,6 +299,7 @@ FORMATS: dict[str, Format] = {
             "<｜tool▁call▁end｜>",
             silent=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
             ends=("<｜end▁of▁sentence｜>",),
+            offer=_DEEPSEEK_OFFER,
         ),
     )
 }

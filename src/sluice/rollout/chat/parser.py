@@ -7,13 +7,16 @@ were cut into calls of `feed` changes nothing: the parser's state is a function 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from sluice.rollout.chat.base import Delta, Parsed, ToolCall, ToolSpec
 from sluice.rollout.chat.formats import Format, Written
+
+Opening: TypeAlias = Literal["", "open", "closed"]
+"""What a prompt leaves an answer to begin with: reasoning it opened, reasoning it closed, or nothing."""
 
 _SPACE = " \t\r\n"
 _NEWLINE = "\r\n"
@@ -55,7 +58,7 @@ class TurnParser:
         format: the family's marks.
         tools: what the client offered; without tools the text of a call is content.
         call_id: names the calls of the turn, counted from 0.
-        thinking: the prompt ends inside reasoning.
+        after: what the prompt's end is: it opened reasoning, it closed it, or neither.
     """
 
     def __init__(
@@ -64,17 +67,16 @@ class TurnParser:
         format: Format,
         tools: Sequence[ToolSpec],
         call_id: Callable[[int], str],
-        *,
-        thinking: bool,
+        after: Opening = "",
     ) -> None:
         self._detokeniser = detokeniser
         self._format = format
         self._tools = tuple(tools)
         self._call_id = call_id
-        self._mode: Literal["start", "reasoning", "content", "call"] = "reasoning" if thinking else "start"
+        self._mode: Literal["start", "reasoning", "content", "call"] = "reasoning" if after == "open" else "start"
         self._text = ""  # not yet told
         self._space = ""  # white space that is told unless a mark follows
-        self._leading = thinking  # line breaks after a mark are dropped
+        self._leading = bool(after)  # line breaks after a mark are dropped
         self._open = ""  # the mark that opened the call
         self._deltas: list[Delta] = []  # all that was told
         self._calls: list[ToolCall] = []

@@ -11,7 +11,7 @@ from sluice.config.gateway import ChatConfig
 from sluice.errors import DataError
 from sluice.rollout.chat.base import ChatMessage, ToolCall, ToolSpec
 from sluice.rollout.chat.formats import FORMATS, detect
-from sluice.rollout.chat.parser import Detokeniser, TurnParser
+from sluice.rollout.chat.parser import Detokeniser, Opening, TurnParser
 from sluice.rollout.chat.stability import Stability, examine
 from sluice.rollout.chat.template import Template
 from sluice.types import Ids, Prompt
@@ -67,14 +67,15 @@ class ChatRenderer:
             )
         self.format = detect(self._template.text) if config.format == "auto" else config.format
         self._format = FORMATS[self.format]
-        self._template.spells = self._format.spells and not self._template.takes_tools
+        if not self._template.takes_tools and (self._template.takes_calls or self._format.spells):
+            self._template.offer = self._format.offer
         special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._end = self._find_end(special)
         self.eos = self._find_eos()
         self._openers = frozenset(self._known(self._format.openers))
         self._hidden_without_tools = frozenset({*special, *self.eos}) - {*self._known(self._format.think or ())}
         self._hidden = self._hidden_without_tools - {*self._known(self._format.marks)}
-        self._thinking = self._opens_thinking(self.begin((ChatMessage("user", "u"),)))
+        self._opening: Opening = self._opens(self.begin((ChatMessage("user", "u"),)))
         if config.on_rewrite == "fail":
             self.require_stable()
 
@@ -147,15 +148,17 @@ class ChatRenderer:
             prompt: what the model was given. Its end tells whether the answer starts inside reasoning; without it
                 that is taken from the template's own opening of an answer.
         """
-        thinking = self._thinking if prompt is None else self._opens_thinking(prompt)
+        opening = self._opening if prompt is None else self._opens(prompt)
         hidden = self._hidden if tools else self._hidden_without_tools
-        return TurnParser(Detokeniser(self._backend, hidden), self._format, tools, call_id, thinking=thinking)
+        return TurnParser(Detokeniser(self._backend, hidden), self._format, tools, call_id, opening)
 
     # Whether the template leaves the past alone.
 
     def check(self, turns: int = 4) -> Stability:
         """Play a conversation of `turns` answers and compare with the template's own rendering of the whole."""
-        return examine(self, self._template, self._format, turns)
+        think = self._format.think
+        thinks = think is not None and think[1] in self._template.text and self._opening != "closed"
+        return examine(self, self._template, turns, thinks=thinks)
 
     def require_stable(self) -> None:
         """Raises DataError when the template rewrites the past."""
@@ -183,10 +186,14 @@ class ChatRenderer:
         own: Any = self._tokenizer.eos_token_id
         return tuple(dict.fromkeys([int(own), *self._known((self._end,)), *self._known(self._format.ends)]))
 
-    def _opens_thinking(self, prompt: Sequence[int] | Ids) -> bool:
+    def _opens(self, prompt: Sequence[int] | Ids) -> Opening:
         if self._format.think is None:
-            return False
-        return self.whole_text(prompt[-_TAIL:]).rstrip().endswith(self._format.think[0])
+            return ""
+        tail = self.whole_text(prompt[-_TAIL:]).rstrip()
+        opened, closed = self._format.think
+        if tail.endswith(opened):
+            return "open"
+        return "closed" if tail.endswith(closed) else ""
 
     def _after_turn(
         self, messages: Sequence[ChatMessage], tools: Sequence[ToolSpec], template_kwargs: Mapping[str, Any]

@@ -1,7 +1,7 @@
-"""Tools for chat templates that know none: the Hermes way, in words that any template carries.
+"""Tools for chat templates that know none: in words, which any template carries.
 
-Many small models have a template of roles and contents only. The tools then stand in the system message, calls in
-the assistant's text and results in a user message, as NousResearch's Hermes and Qwen2.5 write them.
+Many small models have a template of roles and contents only. There tools stand in the system message, calls in the
+assistant's text and results in a user message, as NousResearch's Hermes and Qwen2.5 write them.
 """
 
 from __future__ import annotations
@@ -12,46 +12,35 @@ from dataclasses import replace
 
 from sluice.rollout.chat.base import ChatMessage, ToolCall, ToolSpec
 
-_OFFER = """# Tools
 
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{tools}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""
+def offered(messages: Sequence[ChatMessage], tools: Sequence[ToolSpec], offer: str) -> list[ChatMessage]:
+    """The conversation with `offer` in its system message, `{tools}` replaced by the tools, one JSON line each."""
+    words = offer.replace("{tools}", "\n".join(json.dumps(dict(tool), ensure_ascii=False) for tool in tools))
+    if messages and messages[0].role == "system":
+        return [replace(messages[0], content=f"{messages[0].content}\n\n{words}"), *messages[1:]]
+    return [ChatMessage("system", words), *messages]
 
 
-def spell(messages: Sequence[ChatMessage], tools: Sequence[ToolSpec]) -> list[ChatMessage]:
-    """The same conversation without tool roles and calls."""
-    spelled: list[ChatMessage] = []
+def spelled(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """The conversation with calls and results as text. Results side by side are one message."""
+    plain: list[ChatMessage] = []
     results: list[str] = []
     for message in messages:
         if message.role == "tool":
             results.append(f"<tool_response>\n{message.content}\n</tool_response>")
             continue
-        _flush(results, spelled)
+        _flush(results, plain)
         if message.tool_calls:
             parts = [message.content, *map(_call, message.tool_calls)]
             message = replace(message, content="\n".join(part for part in parts if part), tool_calls=())
-        spelled.append(message)
-    _flush(results, spelled)
-    if not tools:
-        return spelled
-    offer = _OFFER.format(tools="\n".join(json.dumps(dict(tool), ensure_ascii=False) for tool in tools))
-    if spelled and spelled[0].role == "system":
-        return [replace(spelled[0], content=f"{spelled[0].content}\n\n{offer}"), *spelled[1:]]
-    return [ChatMessage("system", offer), *spelled]
+        plain.append(message)
+    _flush(results, plain)
+    return plain
 
 
-def _flush(results: list[str], spelled: list[ChatMessage]) -> None:
+def _flush(results: list[str], plain: list[ChatMessage]) -> None:
     if results:
-        spelled.append(ChatMessage("user", "\n".join(results)))
+        plain.append(ChatMessage("user", "\n".join(results)))
         results.clear()
 
 

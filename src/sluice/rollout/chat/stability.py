@@ -18,7 +18,6 @@ from sluice.errors import DataError
 from sluice.rollout.chat.base import ChatMessage, ToolCall, ToolSpec
 
 if TYPE_CHECKING:
-    from sluice.rollout.chat.formats import Format
     from sluice.rollout.chat.renderer import ChatRenderer
     from sluice.rollout.chat.template import Template
 
@@ -68,18 +67,19 @@ class Stability:
         if self.template_stable:
             lines.append("  the template leaves earlier turns alone")
         for rewrite in self.rewrites:
-            lines.append(f"  the template {rewrite}: sessions continue by token extension")
+            lines.append(f"  the template {rewrite}")
+        if self.rewrites:
+            lines.append("  so sessions continue by token extension, never by rendering the past again")
         for difference in self.differences:
-            lines.append(f"  a continuation is not the template's own, {difference}")
+            lines.append(f"  a continuation differs from the template's own, {difference}")
         if not self.boundary:
             lines.append("  no special token ends a turn: new text is tokenised apart from it")
         return "\n".join(lines)
 
 
-def examine(renderer: ChatRenderer, template: Template, format: Format, turns: int) -> Stability:
-    """Play `turns` answers. See the module for what is compared."""
-    thinks = format.think is not None and format.think[1] in template.text
-    calls = 2 if template.spells or (template.takes_tools and template.takes_calls) else 0
+def examine(renderer: ChatRenderer, template: Template, turns: int, *, thinks: bool) -> Stability:
+    """Play `turns` answers, `thinks` with reasoning in them. See the module for what is compared."""
+    calls = 2 if template.takes_calls or template.offer else 0
     try:
         return _play(renderer, template, turns, calls, thinks)
     except DataError:
@@ -89,7 +89,7 @@ def examine(renderer: ChatRenderer, template: Template, format: Format, turns: i
 
 
 def _play(renderer: ChatRenderer, template: Template, turns: int, calls: int, thinks: bool) -> Stability:
-    tools = (_TOOL,) if calls else ()
+    tools = (_TOOL,) if template.takes_tools or template.offer else ()
     history: list[ChatMessage] = []
     rewrites: dict[str, str] = {}
     differences: list[str] = []
@@ -106,15 +106,18 @@ def _play(renderer: ChatRenderer, template: Template, turns: int, calls: int, th
         if not alone.startswith(before):
             rewrites.setdefault("opening", f"prints an answer's opening otherwise ({_parted(before, alone)})")
         if answer.reasoning and answer.reasoning not in alone:
-            rewrites.setdefault("reasoning", "drops reasoning at once")
+            rewrites.setdefault("reasoning", "never prints an answer's reasoning")
         elif not whole.startswith(kept):
             kind, words = _rewrite(kept, whole, answer, turn)
             rewrites.setdefault(kind, words)
-        ids = renderer.extend(renderer.encode(sampled), news, tools)
+        try:
+            ids = renderer.extend(renderer.encode(sampled), news, tools)
+        except DataError as error:
+            differences.append(f"turn {turn + 1}: {error}")
+            break
         boundary = boundary and int(ids[0]) in renderer.eos
         if list(renderer.encode(whole)[-len(ids) :]) != list(ids):
-            text = renderer.whole_text(ids)
-            differences.append(f"turn {turn + 1}: {_parted(whole[-len(text) :], text)}")
+            differences.append(f"turn {turn + 1}: {_before_common_end(whole, renderer.whole_text(ids))}")
         history.append(answer)
     return Stability(
         format=renderer.format,
@@ -169,3 +172,15 @@ def _parted(one: str, other: str) -> str:
     at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     start = max(0, at - _SHOWN // 2)
     return f"{one[start : at + _SHOWN]!r} becomes {other[start : at + _SHOWN]!r}"
+
+
+def _before_common_end(own: str, ours: str) -> str:
+    """What differs between the template's own text and a continuation that should be its end."""
+    same = 0
+    while same < min(len(own), len(ours)) and own[-1 - same] == ours[-1 - same]:
+        same += 1
+    if same == len(ours):
+        return "the same text in other tokens"
+    end = same - _SHOWN // 2
+    tails = (text[: len(text) - max(end, 0)][-2 * _SHOWN :] for text in (own, ours))
+    return "{!r} in the template, {!r} appended".format(*tails)

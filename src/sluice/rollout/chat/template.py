@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 
 from sluice.errors import DataError
 from sluice.rollout.chat.base import ChatMessage, ToolCall, ToolSpec
-from sluice.rollout.chat.spelled import spell
+from sluice.rollout.chat.spelled import offered, spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ _PROBE_TOOL: ToolSpec = {
         "parameters": {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]},
     },
 }
-_PROBE_CALL = ToolCall("call00000", PROBE, '{"x": "y"}')
+_PROBE_CALL = ToolCall("call00000", PROBE, '{"x": "q8sluice"}')
 
 
 class Template:
@@ -40,7 +40,7 @@ class Template:
     Attributes:
         text: the Jinja source, all variants of it together.
         takes_calls, takes_tools: whether earlier calls and offered tools appear in what is rendered at all.
-        spells: put tools, calls and results into words for a template that has no place for them.
+        offer: how to put tools into words where the template has no place for them; empty: refuse them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
@@ -53,12 +53,20 @@ class Template:
         self._kwargs = dict(template_kwargs)
         given: Any = tokenizer.chat_template
         self.text = "\n".join(given.values()) if isinstance(given, dict) else str(given)
-        self.spells = False
+        self.offer = ""
         self._arguments_as_text = False
         self._empty: str | None = ""
+        self._no_tools: list[Any] | None = None
+        if not self._try((ChatMessage("user", "u"),)):
+            self._no_tools = []  # templates that loop over the tools they are given
         self._offered = self._try((ChatMessage("user", "u"),), (_PROBE_TOOL,)).count(PROBE)
         self.takes_tools = self._offered > 0
         self.takes_calls = self._find_manner()
+
+    @property
+    def tools(self) -> bool:
+        """A client may offer tools, or the history may have calls."""
+        return self.takes_tools or self.takes_calls or bool(self.offer)
 
     def render(
         self,
@@ -71,20 +79,18 @@ class Template:
         """The conversation as text, with `prompt` up to where the next answer begins.
 
         Raises:
-            DataError: the template does not take these messages.
+            DataError: the template does not take these messages or tools.
         """
-        if self.spells:
-            messages, tools = spell(messages, tools), ()
-        elif tools and not self.takes_tools:
-            raise DataError(
-                "tools were offered, but the chat template has no place for them: the model would not see them",
-                hint="set the chat format to hermes, which puts them into words",
-            )
-        elif not self.takes_calls and any(message.tool_calls for message in messages):
-            raise DataError(
-                "the history has tool calls, but the chat template has no place for them",
-                hint="set the chat format to hermes, which puts them into words",
-            )
+        hint = "set the chat format to hermes, which puts them into words"
+        if tools and not self.takes_tools:
+            if not self.offer:
+                raise DataError("tools were offered, but the chat template has no place for them", hint=hint)
+            messages, tools = offered(messages, tools, self.offer), ()
+        if not self.takes_calls:
+            if self.offer:
+                messages = spelled(messages)
+            elif any(message.tool_calls for message in messages):
+                raise DataError("the history has tool calls, but the chat template has no place for them", hint=hint)
         return self._render(messages, tools, template_kwargs or {}, prompt=prompt)
 
     def _render(
@@ -92,7 +98,7 @@ class Template:
     ) -> str:
         plain = [self._plain(message) for message in messages]
         settings: dict[str, Any] = {
-            "tools": [dict(tool) for tool in tools] or None,
+            "tools": [dict(tool) for tool in tools] or self._no_tools,
             "add_generation_prompt": prompt,
             **self._kwargs,
             **kwargs,
@@ -121,18 +127,27 @@ class Template:
             return ""
 
     def _find_manner(self) -> bool:
-        """Choose how calls are handed over. Text is best: it comes back as the model wrote it."""
+        """Choose how calls are handed over: as the text the model wrote, unless the template wants it parsed.
+
+        A template that takes both prints the same for both; one that quotes the text, or labels it raw, does not.
+        """
+        for empty in ("", None):
+            self._empty = empty
+            parsed, text = self._call_rendered(as_text=False), self._call_rendered(as_text=True)
+            self._arguments_as_text = bool(text) and (text == parsed or not parsed)
+            if text or parsed:
+                return True
+        self._empty = ""
+        return False
+
+    def _call_rendered(self, *, as_text: bool) -> str:
+        """A conversation with a call in it; empty when the template refuses it or does not show the call."""
+        self._arguments_as_text = as_text
         calling = ChatMessage("assistant", tool_calls=(_PROBE_CALL,))
         result = ChatMessage("tool", "r", tool_call_id=_PROBE_CALL.id)
-        for as_text in (True, False):
-            for empty in ("", None):
-                self._arguments_as_text, self._empty = as_text, empty
-                rendered = self._try((ChatMessage("user", "u"), calling, result), (_PROBE_TOOL,))
-                spelled = _PROBE_CALL.arguments in rendered or not as_text
-                if rendered.count(PROBE) > self._offered and spelled:
-                    return True
-        self._arguments_as_text, self._empty = False, ""
-        return False
+        rendered = self._try((ChatMessage("user", "u"), calling, result), (_PROBE_TOOL,))
+        shown = rendered.count(PROBE) > self._offered or "q8sluice" in rendered
+        return rendered if shown else ""
 
     def _plain(self, message: ChatMessage) -> dict[str, Any]:
         """The dictionary that templates expect."""
