@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TypeVar
 
+from sluice.config.sglang import Flag
 from sluice.errors import EngineError
 
 T = TypeVar("T")
@@ -88,6 +89,18 @@ async def start_on_port(begin: Callable[[int], Awaitable[T]], *, host: str = "12
                 if attempt == PORT_ATTEMPTS - 1:
                     raise
     raise AssertionError("unreachable")
+
+
+def flags(values: Mapping[str, Flag]) -> Iterator[str]:
+    """Words of a command line: `true` is the bare flag, `false` leaves it out, a list is several words."""
+    for name, value in values.items():
+        if value is False:
+            continue
+        yield f"--{name.lstrip('-').replace('_', '-')}"
+        if isinstance(value, list):
+            yield from value
+        elif value is not True:
+            yield str(value)
 
 
 class ManagedProcess:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import httpx
 from sluice.config.sglang import EngineGroup, Flag, SGLangConfig
 from sluice.errors import ConfigError, EngineError
 from sluice.rollout.engines.sglang.member import Running
-from sluice.rollout.process import ManagedProcess, reserve_port, start_on_port
+from sluice.rollout.process import ManagedProcess, flags, reserve_port, start_on_port
 from sluice_engine import cpu
 
 HOST = "127.0.0.1"
@@ -64,18 +64,6 @@ def specs(config: SGLangConfig) -> list[Spec]:
             count = counts[group.role] = counts.get(group.role, -1) + 1
             found.append(Spec(f"{group.role}-{count}", group, group.devices[number] if group.devices else ""))
     return found
-
-
-def flags(values: Mapping[str, Flag]) -> Iterator[str]:
-    """Words of a command line: `true` is the bare flag, `false` leaves it out, a list is several words."""
-    for name, value in values.items():
-        if value is False:
-            continue
-        yield f"--{name.lstrip('-').replace('_', '-')}"
-        if isinstance(value, list):
-            yield from value
-        elif value is not True:
-            yield str(value)
 
 
 @dataclass(frozen=True, slots=True)
