@@ -232,7 +232,7 @@ class SGLangFleet:
 
     async def _apply(self, published: Published) -> list[Fault]:
         roster = self._roster
-        if not any(member.in_flight for member in roster.members):
+        if not self._flights.busy:
             found = await all_of([roster.swap(unit, unit.present, published) for unit in roster.units])
         else:
             found = [await roster.swap(unit, unit.present, published) for unit in roster.units]

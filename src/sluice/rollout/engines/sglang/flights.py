@@ -92,6 +92,10 @@ class Flights:
         """Why nothing is served; empty when something is."""
         return self._failed
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._flights)
+
     def shut(self) -> None:
         """New requests wait. While nothing is served they are refused instead, as before."""
         if not self._failed:
@@ -165,8 +169,8 @@ class Flights:
             try:
                 ended = await self._post(flight, dispatch, server, max_new_tokens - drawn)
             finally:
+                who = dispatch.server or who
                 dispatch.close()
-            who = dispatch.server or who
             if ended:
                 self._count(flight)
                 return who

@@ -42,9 +42,11 @@ async def keep(owner: Owner, member: Member) -> None:
     """Watch over one member for as long as the fleet lives, or until it is given up."""
     while True:
         why = await until_lost(member)
+        member.returning = True
         await owner.lose(member, why)
         if not await revive(owner, member, why):
             return
+        member.returning = False
 
 
 async def until_lost(member: Member) -> str:

@@ -61,6 +61,8 @@ class Member:
         owned: started here, and started again when it is lost.
         life: counts its incarnations; what was sent to an earlier one is lost.
         in_flight: requests that it is known to be busy with.
+        returning: it was lost and is being brought back.
+        given_up: it is not brought back any more.
         misses: leases in a row that it did not renew.
         doubted: set to have it looked at now.
     """
@@ -79,6 +81,7 @@ class Member:
     in_flight: int = 0
     restarts: int = 0
     misses: int = 0
+    returning: bool = False
     given_up: bool = False
     doubted: asyncio.Event = field(default_factory=asyncio.Event)
     running: Running | None = None
@@ -128,7 +131,8 @@ class Member:
     @property
     def hopeful(self) -> bool:
         """Whether it serves, or is being brought back."""
-        return self.state is State.SERVING or (self.owned and not self.given_up and self.state is State.AWAY)
+        back = self.returning or self.state is State.AWAY
+        return self.state is State.SERVING or (self.owned and not self.given_up and back)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

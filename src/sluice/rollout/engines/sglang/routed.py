@@ -53,7 +53,9 @@ class Routed:
         self._fleet = fleet
         self._key = key
         self._failures = failures
-        self._pauses = {each.name: each.control.num_pauses for each in fleet.members() if each.state is not State.AWAY}
+        present = [each for each in fleet.members() if each.state is not State.AWAY]
+        self._pauses = {each.name: each.control.num_pauses for each in present}
+        self._versions = {each.name: each.control.versions for each in present}  # of the life that was asked
         self._lives = {each.name: each.life for each in fleet.members()}
         self._told: Member | None = None  # by the router
         self._sent = ""
@@ -106,10 +108,10 @@ class Routed:
 
     def version_of(self, label: str) -> Version:
         """LostError when weights are named that were not applied to the server by us; it is out of routing then."""
-        asked = [self._member] if self._member else list(self._fleet.members())
-        for member in asked:
-            if member.state is not State.AWAY and label in member.control.versions:
-                return member.control.versions[label]
+        asked = [self._member.name] if self._member else list(self._versions)
+        for name in asked:
+            if label in self._versions.get(name, ()):
+                return self._versions[name][label]
         why = f"it served weights called {label!r}, which were not applied here: was it restarted?"
         if self._member is not None:
             self._fleet.doubt(self._member, why)
