@@ -221,6 +221,7 @@ class Format:
         open, close: marks around a call; without `close` a call goes to the end of the turn, without `open`
             the family has no calls.
         silent: marks around calls that say nothing themselves.
+        inner: marks inside a call, for its reader.
         bare: a turn that is a JSON object may be a call without a mark.
         ends: tokens that end a turn, besides the tokenizer's own.
         openers: those of `ends` with which the next message begins.
@@ -233,6 +234,7 @@ class Format:
     open: str = ""
     close: str = ""
     silent: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
     bare: bool = False
     ends: tuple[str, ...] = ()
     openers: tuple[str, ...] = ()
@@ -246,7 +248,7 @@ class Format:
     @property
     def marks(self) -> tuple[str, ...]:
         """Every mark; where it is one special token, it must not be left out of the text."""
-        return tuple(mark for mark in (*(self.think or ()), self.open, self.close, *self.silent) if mark)
+        return tuple(mark for mark in (*(self.think or ()), self.open, self.close, *self.silent, *self.inner) if mark)
 
 
 _CHATML = ("<|im_end|>", "<|endoftext|>")
@@ -298,6 +300,7 @@ FORMATS: dict[str, Format] = {
             "<｜tool▁call▁begin｜>",
             "<｜tool▁call▁end｜>",
             silent=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+            inner=("<｜tool▁sep｜>",),
             ends=("<｜end▁of▁sentence｜>",),
             offer=_DEEPSEEK_OFFER,
         ),

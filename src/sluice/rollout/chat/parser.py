@@ -14,6 +14,7 @@ from tokenizers.decoders import DecodeStream
 
 from sluice.rollout.chat.base import Delta, Parsed, ToolCall, ToolSpec
 from sluice.rollout.chat.formats import Format, Written
+from sluice.types import Ids
 
 Opening: TypeAlias = Literal["", "open", "closed"]
 """What a prompt leaves an answer to begin with: reasoning it opened, reasoning it closed, or nothing."""
@@ -35,7 +36,7 @@ class Detokeniser:
         self._ids: list[int] = []
         self._told = 0
 
-    def feed(self, ids: Sequence[int]) -> str:
+    def feed(self, ids: Sequence[int] | Ids) -> str:
         pieces: list[str] = []
         for id in ids:
             if int(id) not in self._hidden:
@@ -83,7 +84,7 @@ class TurnParser:
         self._malformed: list[str] = []
         self._resumed = False  # content goes on after a call
 
-    def feed(self, ids: Sequence[int]) -> list[Delta]:
+    def feed(self, ids: Sequence[int] | Ids) -> list[Delta]:
         """What these ids make certain."""
         return self._advance(self._detokeniser.feed(ids), final=False)
 
