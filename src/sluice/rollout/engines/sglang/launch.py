@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,8 @@ from sluice_engine import cpu
 
 HOST = "127.0.0.1"
 """Servers that we start are for this machine: the router, or this process, is what others talk to."""
+UNUSED_PORT = 30_000
+"""Where ranks above 0 say that they are healthy; nobody asks them."""
 PHASES = (
     ("server_args=", "importing"),
     ("Load weight begin", "loading weights"),
@@ -59,6 +62,11 @@ def specs(config: SGLangConfig) -> list[Spec]:
                 "rollout.sglang.routed_experts needs regular engines: a decode engine does not learn from its "
                 "prefill engine which experts the prompt was routed to",
                 hint="use groups of the role regular, or routed_experts = false",
+            )
+        if group.node_rank > 0:
+            raise ConfigError(
+                f"a group has node_rank = {group.node_rank}: a run drives servers whose rank 0 is on its own host",
+                hint="leave node_rank at 0 here; on the other hosts run the command that is shown at the start",
             )
         for number in range(group.engines):
             count = counts[group.role] = counts.get(group.role, -1) + 1
@@ -150,7 +158,8 @@ class Launcher:
         Raises:
             EngineError: it ended, or did not answer within `start_seconds`; with the end of its log.
         """
-        python, bootstrap_port = self.python(), None
+        python = self.python()
+        self._show_ranks(spec, python)
         if spec.role == "prefill":
             with reserve_port(HOST) as bootstrap_port:
                 return await self._start(spec, python, bootstrap_port)
@@ -172,6 +181,14 @@ class Launcher:
 
         process, url = await start_on_port(begin, host=HOST)
         return Running(url, bootstrap_port, process)
+
+    def _show_ranks(self, spec: Spec, python: Path) -> None:
+        """What other hosts have to run for a server that spans them."""
+        for rank in range(1, spec.group.nodes):
+            there = replace(spec, group=spec.group.model_copy(update={"node_rank": rank}))
+            words = shlex.join(self.command(there, python=python, port=UNUSED_PORT, bootstrap_port=None))
+            if self.progress is not None:
+                self.progress(f"{spec.name}: rank {rank} is to be started on its host: {words}")
 
     def reporter(self, name: str) -> Callable[[str], None] | None:
         """Takes the lines of a server's log and tells its phase, each once, in order."""

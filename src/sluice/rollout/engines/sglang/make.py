@@ -1,0 +1,93 @@
+"""From a recipe to a fleet: servers to start or to attach to, and the router before them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from sluice import device as devices
+from sluice.config.rollout import RolloutConfig
+from sluice.errors import ConfigError
+from sluice.rollout.engines.sglang.engine import api_key
+from sluice.rollout.engines.sglang.fleet import SGLangFleet
+from sluice.rollout.engines.sglang.launch import Launcher, Spec, specs
+from sluice.rollout.engines.sglang.member import Member, Running
+from sluice.rollout.router import Router
+
+
+def make_fleet(
+    config: RolloutConfig,
+    *,
+    model: Path,
+    folder: Path,
+    device: str,
+    progress: Callable[[str], None] | None = None,
+) -> SGLangFleet:
+    """The engine of `rollout.engine = "sglang"`. `start` starts or finds everything, `close` ends what it started.
+
+    Args:
+        config: of rollout.
+        model: folder of the model that servers load; the weights of the run reach them later.
+        folder: of the run; logs go to `folder/engines/NAME.log`.
+        device: resolved device of the run; decides the build when the recipe does not.
+        progress: told what starts, is lost and comes back, in a line each.
+
+    Raises:
+        ConfigError: the recipe's parts do not fit together.
+    """
+    logs = folder.absolute() / "engines"
+    sglang = config.sglang
+    build = devices.platform(device) if sglang.build == "auto" else sglang.build
+    launcher = Launcher(sglang, model.absolute(), logs, build, config.context_length, progress)
+    key = api_key(sglang)
+    if sglang.urls:
+        members = [_attached(url.rstrip("/"), config, key) for url in sglang.urls]
+    else:
+        members = [_started(spec, config, launcher) for spec in specs(sglang)]
+    return SGLangFleet(
+        members,
+        sglang,
+        config.router,
+        spreader=_spreader(config, members, launcher, key),
+        api_key=key,
+        progress=progress,
+    )
+
+
+def _started(spec: Spec, config: RolloutConfig, launcher: Launcher) -> Member:
+    bring: Callable[[], Awaitable[Running]] = partial(launcher.start, spec)
+    group = spec.group
+    shape = f"{group.tp} {group.dp} {group.ep} {group.pp} {group.args}"
+    return Member(spec.name, spec.role, shape, config.sglang, bring, owned=True, model=launcher.model)
+
+
+def _attached(url: str, config: RolloutConfig, key: str) -> Member:
+    async def found() -> Running:
+        return Running(url)
+
+    name = url.partition("://")[2]
+    return Member(name, "regular", name, config.sglang, found, owned=False, api_key=key)
+
+
+def _spreader(
+    config: RolloutConfig, members: Sequence[Member], launcher: Launcher, key: str
+) -> Callable[[], Router] | None:
+    """Makes the router, or None when requests go straight to the only server."""
+    pairs = any(member.role != "regular" for member in members)
+    if config.router.use == "never":
+        if len(members) > 1:
+            raise ConfigError(
+                f"{len(members)} engines need a router, but rollout.router.use = 'never'",
+                hint="set rollout.router.use = 'auto'",
+            )
+        return None
+    if config.router.use == "auto" and len(members) == 1 and not pairs:
+        return None
+
+    def make() -> Router:
+        python = config.router.python or launcher.python()
+        log_path = launcher.folder / "router.log"
+        return Router(config.router, python=python, log_path=log_path, pd=pairs, api_key=key)
+
+    return make
