@@ -54,6 +54,13 @@ class HistoryMismatch(SessionError):  # noqa: N818
     code = "history_mismatch"
 
 
+class SessionFull(SessionError):  # noqa: N818
+    """The session has had all the calls or segments that it may have."""
+
+    status = 409
+    code = "session_full"
+
+
 class SamplingPinned(SessionError):  # noqa: N818
     """Another temperature, top-p or the like than the session's."""
 
