@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from sluice.config.rewards import (
     ExactReward,
+    GivenReward,
     NumericReward,
     PythonReward,
     RandomReward,
@@ -269,3 +271,37 @@ def test_random_depends_on_episode_and_seed_alone() -> None:
         assert abs(mean - probability) < 4 * math.sqrt(probability * (1 - probability) / len(ids))
     assert set(draws(prompt(), "", probability=0.0)) == {0.0}
     assert set(draws(prompt(), "", probability=1.0)) == {1.0}
+
+
+# ── given ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def given(config: GivenReward, info: dict[str, Any]) -> float:
+    return asyncio.run(Rubric([config]).reward(prompt(), "text", episode_id="g000001.0", info=info)).total
+
+
+def test_a_given_reward_is_what_was_given() -> None:
+    info = {"rewards": {"reward": 0.25, "style": 1}}
+    assert given(GivenReward(), info) == 0.25
+    assert given(GivenReward(component="style", weight=2.0), info) == 2.0
+    assert given(GivenReward(default=0.5), {}) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "info", "why"),
+    [
+        (GivenReward(), {}, "nothing was given"),
+        (GivenReward(), {"rewards": {"style": 1.0}}, "given were style"),
+        (GivenReward(default=0.0), {"rewards_missing": "verify ended with exit code 1"}, "verify ended with exit code"),
+        (GivenReward(), {"rewards": {"reward": math.inf}}, "no finite number"),
+        (GivenReward(), {"rewards": {"reward": "1"}}, "no finite number"),
+    ],
+)
+def test_what_nobody_gave_is_a_failure(config: GivenReward, info: dict[str, Any], why: str) -> None:
+    with pytest.raises(VerifierFailure, match=why):
+        given(config, info)
+
+
+def test_a_given_reward_reads_no_text() -> None:
+    with pytest.raises(ValidationError, match="reads no text"):
+        GivenReward(pattern="x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from sluice.rollout.render import Renderer
 from sluice.rollout.runners.base import EpisodeRequest, turn_noise
 from sluice.rollout.runners.single import SingleTurn
 from sluice.types import Message, Prompt, Version
+
+_LOG = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, view: View | None = None) -> Summary:
@@ -92,7 +95,7 @@ def evaluate(config: RunConfig, model: Path | None = None) -> dict[str, Any]:
         `EvalResult` as JSON.
     """
     device.set_threads(config.threads)
-    return asyncio.run(evaluate_model(config, model)).to_json()
+    return asyncio.run(evaluate_model(config, model, _LOG.info)).to_json()
 
 
 def generate(

@@ -4,6 +4,7 @@ runs/NAME/
     config.json         the resolved configuration
     metrics.jsonl       one row a batch
     summary.json        written at the end
+    agents/             logs of agent programs, an episode each (runner `command`)
     log/                the durable episode log (`sluice episodes runs/NAME`)
     checkpoints/        atomic, newest last
     tensorboard/        event files
@@ -25,7 +26,10 @@ from sluice.errors import ConfigError
 
 MAY_CHANGE = (
     "steps", "runs_dir", "device", "threads", "checkpoint", "obs", "limits", "log", "evaluation.every",
-    "evaluation.show", "rollout.engine", "rollout.sglang", "rollout.embedded", "train.micro_batch_tokens",
+    "evaluation.show", "rollout.engine", "rollout.sglang", "rollout.router", "rollout.embedded",
+    "rollout.gateway.host", "rollout.gateway.port", "rollout.gateway.owner_key_env", "rollout.gateway.idle_seconds",
+    "rollout.gateway.max_sessions", "rollout.gateway.body_bytes", "rollout.gateway.retry_after_seconds",
+    "rollout.runner.parallel", "rollout.runner.keep", "train.micro_batch_tokens",
     "train.logprob_chunk", "train.activation_checkpointing",
 )  # fmt: skip
 """What a resumed run may change: it alters speed, length or place, not what is learned up to here."""

@@ -1,4 +1,4 @@
-"""A run in one process: trainer and embedded engine here, or an SGLang server by URL."""
+"""A run in one process: trainer, runners and gateway here; the engine too, or SGLang servers beside it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.loop import Loop, Parts, Progress
 from sluice.orchestrate.producer import Producer, Recovered
 from sluice.orchestrate.recovery import alive_episodes, alive_requests, first_alive, logged_episodes, logged_versions
+from sluice.orchestrate.serving import Rollout, open_rollout
 from sluice.orchestrate.setup import (
     Data,
-    check_capabilities,
     check_prompts,
     embedded_engine,
     initial_model,
@@ -43,9 +43,6 @@ from sluice.orchestrate.setup import (
 )
 from sluice.orchestrate.warm_start import fine_tune
 from sluice.rewards.rubric import Rubric
-from sluice.rollout.render import Renderer
-from sluice.rollout.runners.base import Runner
-from sluice.rollout.runners.single import SingleTurn
 from sluice.train.backends.torch import TorchTrainer
 from sluice.types import Version
 from sluice.weights.lineage import Lineage
@@ -87,14 +84,14 @@ class InlineRun:
 
             start = self._start_model(checkpoint, data)
             tokenizer = load_tokenizer(start)
-            renderer = Renderer(tokenizer, config.model.chat_template_kwargs)
-            engine, sink = make_engine(config.rollout, start, tokenizer, device=self._device)
-            stack.push_async_callback(engine.close)
-            context_length = check_capabilities(config, await engine.start())
-            runner = SingleTurn(
-                engine, renderer, context_length=context_length, routes=config.rollout.sglang.routed_experts
+            engine, sink = make_engine(
+                config.rollout, start, tokenizer, device=self._device, folder=folder, tell=self._view.log
             )
-            check_prompts(runner, data, config.rollout.sampling.max_new_tokens)
+            rollout = await open_rollout(
+                stack, config.rollout, engine, tokenizer, folder=folder,
+                template_kwargs=config.model.chat_template_kwargs, tell=self._view.log,
+            )  # fmt: skip
+            check_prompts(rollout.runner, data, config.rollout.sampling.max_new_tokens)
 
             algorithm = make_algorithm(config.algorithm, max_new_tokens=config.rollout.sampling.max_new_tokens)
             trainer = TorchTrainer(
@@ -108,20 +105,20 @@ class InlineRun:
             buffer = Buffer(
                 gate,
                 make_strategy(config.data, data, seed=config.seed),
-                sampling=config.rollout.sampling.params(eos=renderer.eos),
+                sampling=config.rollout.sampling.params(eos=rollout.chat.eos),
                 filters=[make_filter(each) for each in config.data.filters],
             )
             lineage = Lineage(logged_versions(folder / "log") if self._resume else ())
             progress, recovered = self._restore(checkpoint, buffer, lineage, trainer, journal)
             producer = Producer(
-                runner, rubric, renderer, journal, seed=config.seed, recovered=recovered,
+                rollout.runner, rubric, rollout.chat, journal, seed=config.seed, recovered=recovered,
                 may_use=self._may_use(lineage, gate), stall_seconds=config.limits.stall_seconds,
             )  # fmt: skip
             stack.push_async_callback(producer.close)
             sinks = self._sinks(stack, progress.batch)
             parts = Parts(
                 sink=sink, producer=producer,
-                evaluator=self._evaluator(runner, renderer, journal, data),
+                evaluator=make_evaluator(config, rollout, journal, data) if data.held_out else None,
                 trainer=trainer, algorithm=algorithm, buffer=buffer, gate=gate, lineage=lineage,
                 store=WeightStore(folder / "weights", start, lineage),
                 checkpoints=checkpoints, journal=journal, sinks=sinks, view=self._view, timer=self._timer,
@@ -217,9 +214,6 @@ class InlineRun:
                 sink.truncate_after(batch)
         return sinks
 
-    def _evaluator(self, runner: Runner, renderer: Renderer, journal: Journal, data: Data) -> Evaluator | None:
-        return make_evaluator(self._config, runner, renderer, journal, data) if data.held_out else None
-
     def _summary(self, loop: Loop, before: EvalResult | None, after: EvalResult | None) -> Summary:
         progress, timer = loop.progress, self._timer
         return Summary(
@@ -237,7 +231,7 @@ class InlineRun:
         )
 
 
-def make_evaluator(config: RunConfig, runner: Runner, renderer: Renderer, journal: Journal, data: Data) -> Evaluator:
+def make_evaluator(config: RunConfig, rollout: Rollout, journal: Journal, data: Data) -> Evaluator:
     """The evaluator of a recipe, with the evaluation's own rewards and sampling."""
     require(data.held_out, "held-out prompts")
     chosen = config.evaluation
@@ -245,17 +239,17 @@ def make_evaluator(config: RunConfig, runner: Runner, renderer: Renderer, journa
     rubric.check({prompt.task for prompt in data.held_out})
     rubric.check_prompts(data.held_out)
     judge = Producer(
-        runner, rubric, renderer, journal, seed=config.seed, recovered={}, may_use=lambda version: True,
+        rollout.runner, rubric, rollout.chat, journal, seed=config.seed, recovered={}, may_use=lambda version: True,
         stall_seconds=config.limits.stall_seconds,
     )  # fmt: skip
-    sampling = (chosen.sampling or config.rollout.sampling).params(eos=renderer.eos)
+    sampling = (chosen.sampling or config.rollout.sampling).params(eos=rollout.chat.eos)
     return Evaluator(
-        runner, judge, renderer, journal, data.held_out, sampling=sampling, samples=chosen.samples,
+        rollout.runner, judge, rollout.chat, journal, data.held_out, sampling=sampling, samples=chosen.samples,
         greedy=chosen.greedy, show=chosen.show, seed=config.seed,
     )  # fmt: skip
 
 
-async def evaluate_model(config: RunConfig, model: Path | None) -> EvalResult:
+async def evaluate_model(config: RunConfig, model: Path | None, tell: Callable[[str], None]) -> EvalResult:
     """Measure a model folder, or the newest checkpoint of the run, on the held-out prompts."""
     if model is None:
         checkpoint = CheckpointStore(config.folder / "checkpoints", keep=1).latest()
@@ -264,18 +258,17 @@ async def evaluate_model(config: RunConfig, model: Path | None) -> EvalResult:
         model = checkpoint.model
     data = load_data(config.data, seed=config.seed)
     tokenizer = load_tokenizer(model)
-    renderer = Renderer(tokenizer, config.model.chat_template_kwargs)
     engine = embedded_engine(
         config.rollout.embedded, model, tokenizer, device=device.resolve(config.device), version=Version(0)
     )
-    with tempfile.TemporaryDirectory() as scratch, LogWriter(Path(scratch)) as writer:
-        context_length = check_capabilities(config, await engine.start())
-        try:
-            runner = SingleTurn(engine, renderer, context_length=context_length)
-            evaluator = make_evaluator(config, runner, renderer, Journal(writer), data)
-            return await evaluator(0, Version(0))
-        finally:
-            await engine.close()
+    here = config.rollout.model_copy(update={"engine": "embedded"})
+    async with AsyncExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        writer = stack.enter_context(LogWriter(scratch / "log"))
+        rollout = await open_rollout(
+            stack, here, engine, tokenizer, folder=scratch, template_kwargs=config.model.chat_template_kwargs, tell=tell
+        )
+        return await make_evaluator(config, rollout, Journal(writer), data)(0, Version(0))
 
 
 def facts(config: RunConfig, data: Data, device_name: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +13,10 @@ from sluice.config.rollout import EmbeddedConfig, RolloutConfig
 from sluice.config.run import RunConfig
 from sluice.data.sources import load_prompts, split
 from sluice.data.strategy import CurriculumStrategy, GroupStrategy, Strategy
-from sluice.errors import CapabilityError, DataError
+from sluice.errors import DataError
 from sluice.models.build import load_model, make_scratch
 from sluice.plugins import check_protocol, load_object
-from sluice.rollout.engines.base import Capabilities, Engine
+from sluice.rollout.engines.base import Engine
 from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.sglang import SGLangEngine
 from sluice.rollout.runners.base import Runner
@@ -100,11 +100,26 @@ def initial_model(config: RunConfig, folder: Path) -> Path:
 
 
 def make_engine(
-    config: RolloutConfig, model_folder: Path, tokenizer: PreTrainedTokenizerBase, *, device: str
+    config: RolloutConfig,
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: str,
+    folder: Path,
+    tell: Callable[[str], None],
 ) -> tuple[Engine, Sink]:
-    """The engine that `rollout.engine` names; it is also the sink of weight updates."""
+    """The engine that `rollout.engine` names; it is also the sink of weight updates.
+
+    Args:
+        folder: of the run; logs of servers that are started go there.
+        tell: told in a line each what servers do while they start, and when one is lost.
+    """
     if config.engine == "embedded":
         engine = embedded_engine(config.embedded, model_folder, tokenizer, device=device)
+    elif config.engine == "sglang":
+        from sluice.rollout.engines.sglang import make_fleet
+
+        engine = make_fleet(config, model=model_folder, folder=folder, device=device, progress=tell)
     else:
         engine = SGLangEngine(config.engine, config.sglang)
     return engine, engine
@@ -121,26 +136,6 @@ def embedded_engine(
     """An embedded engine on the model of a folder; with `version` it serves these weights at once."""
     model = load_model(model_folder, dtype=config.dtype, attn_implementation="sdpa")
     return EmbeddedEngine(model, tokenizer, config, device=device, version=version)
-
-
-def check_capabilities(config: RunConfig, capabilities: Capabilities) -> int:
-    """Refuse an engine that cannot do what the run needs. Returns the context length in tokens.
-
-    Raises:
-        CapabilityError: no log-probs, or a context shorter than asked for.
-    """
-    if not capabilities.logprobs:
-        raise CapabilityError(
-            f"{capabilities.name} ({capabilities.engine_version}) returns no log-probs",
-            hint="behaviour log-probs must come from the engine; use SGLang, or rollout.engine=embedded",
-        )
-    wanted = config.rollout.context_length
-    if wanted is not None and wanted > capabilities.context_length:
-        raise CapabilityError(
-            f"rollout.context_length = {wanted}, but {capabilities.name} holds {capabilities.context_length} tokens",
-            hint=f"set rollout.context_length to at most {capabilities.context_length}, or raise the engine's limit",
-        )
-    return wanted or capabilities.context_length
 
 
 def check_prompts(runner: Runner, data: Data, max_new_tokens: int) -> None:

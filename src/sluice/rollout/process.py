@@ -144,7 +144,7 @@ class ManagedProcess:
             with log_path.open("wb") as log:
                 process = await asyncio.create_subprocess_exec(
                     *command, env=dict(env), cwd=cwd, stdin=asyncio.subprocess.DEVNULL, stdout=log,
-                    stderr=asyncio.subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with(os.getpid()),
+                    stderr=asyncio.subprocess.STDOUT, start_new_session=True, preexec_fn=die_with(os.getpid()),
                 )  # fmt: skip
         except OSError as error:
             raise EngineError(
@@ -234,11 +234,11 @@ def _tell(log: IO[str], progress: Callable[[str], None] | None) -> None:
             progress(line.rstrip("\n"))
 
 
-def _die_with(parent: int) -> Callable[[], None]:
-    """What a child does before it becomes the program: ask the kernel to end it with its parent."""
+def die_with(parent: int, number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
+    """What a child does before it becomes the program: ask the kernel to end it, by this signal, with its parent."""
 
     def ask() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
         if os.getppid() != parent:  # it died before the kernel was asked
             os._exit(errno.ESRCH)
 

@@ -1,0 +1,168 @@
+"""The rollout side of a run: engine, chat rendering, gateway and runner, opened in this order and closed in reverse."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sluice.config.gateway import GatewayConfig
+from sluice.config.rollout import RolloutConfig
+from sluice.config.runners import (
+    CommandRunner,
+    ExternalRunner,
+    PythonRunner,
+    SingleTurnRunner,
+    ToolsRunner,
+)
+from sluice.errors import CapabilityError, ConfigError
+from sluice.plugins import check_protocol, load_object, signature_problem
+from sluice.rollout.chat.renderer import ChatRenderer
+from sluice.rollout.engines.base import Capabilities, Engine
+from sluice.rollout.runners.base import Runner
+from sluice.rollout.runners.single import SingleTurn
+from sluice.rollout.runners.toolkit import Toolkit
+from sluice.rollout.runners.tools import ToolLoop
+from sluice.rollout.session import Limits
+
+if TYPE_CHECKING:
+    from sluice.rollout.gateway import Desk, Gateway
+    from sluice.rollout.runners.external import ExternalDesk
+    from transformers import PreTrainedTokenizerBase
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What executes episodes."""
+
+    runner: Runner
+    chat: ChatRenderer
+    gateway: Gateway | None
+
+
+async def open_rollout(
+    stack: AsyncExitStack,
+    config: RolloutConfig,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    folder: Path,
+    template_kwargs: dict[str, object],
+    tell: Tell,
+) -> Rollout:
+    """Start the engine and what the recipe's runner needs around it; `stack` closes all of it again.
+
+    Args:
+        engine: not started yet.
+        folder: the run folder.
+        tell: shown to the person who watches: start-up, the chat template's stability, the gateway's address.
+    """
+    stack.push_async_callback(engine.close)
+    capabilities = await engine.start()
+    context_length = check_capabilities(config, capabilities)
+    chat = ChatRenderer(tokenizer, config.chat, template_kwargs)
+    routes = config.engine != "embedded" and config.sglang.routed_experts
+    if isinstance(config.runner, SingleTurnRunner):
+        return Rollout(SingleTurn(engine, chat, context_length=context_length, routes=routes), chat, None)
+    tell(str(chat.check()))
+    limits = make_limits(config.gateway, context_length)
+    kit = Toolkit(engine, chat, limits, folder, None, routes, secrets(config))
+    if isinstance(config.runner, ToolsRunner):
+        return Rollout(ToolLoop(config.runner, kit), chat, None)
+    desk = ExternalDesk(config.runner) if isinstance(config.runner, ExternalRunner) else None
+    gateway = await open_gateway(stack, config, kit, desk, tell)
+    return Rollout(_agent_runner(config, replace(kit, gateway=gateway), gateway, desk), chat, gateway)
+
+
+def _agent_runner(config: RolloutConfig, kit: Toolkit, gateway: Gateway, desk: ExternalDesk | None) -> Runner:
+    match config.runner:
+        case CommandRunner() as chosen:
+            return CommandAgent(chosen, kit, gateway)
+        case PythonRunner() as chosen:
+            return _own_runner(chosen, kit)
+        case _:
+            assert desk is not None  # made for the only runner that is left
+            desk.bind(kit, gateway)
+            return desk
+
+
+async def open_gateway(
+    stack: AsyncExitStack, config: RolloutConfig, kit: Toolkit, desk: Desk | None, tell: Tell
+) -> Gateway:
+    """Start the gateway on the configured address; `stack` stops it."""
+    gateway = Gateway(config.gateway, engine=kit.engine, chat=kit.chat, limits=kit.limits, desk=desk)
+    await gateway.start()
+    stack.push_async_callback(gateway.stop)
+    return gateway
+
+
+def make_limits(config: GatewayConfig, context_length: int) -> Limits:
+    """The limits of every session.
+
+    Args:
+        context_length: what engine and recipe allow, in tokens.
+
+    Raises:
+        CapabilityError: the recipe wants sessions longer than that.
+    """
+    wanted = config.context_tokens
+    if wanted is not None and wanted > context_length:
+        raise CapabilityError(
+            f"rollout.gateway.context_tokens = {wanted}, but sequences hold {context_length} tokens",
+            hint=f"set it to at most {context_length}, or leave it out",
+        )
+    return Limits(
+        context_length=wanted or context_length,
+        max_turns=config.max_turns,
+        max_segments=config.max_segments,
+        on_mismatch=config.on_mismatch,
+        on_branch=config.on_branch,
+        on_root=config.on_root,
+        on_sampling=config.on_sampling,
+    )
+
+
+def secrets(config: RolloutConfig) -> frozenset[str]:
+    """Environment variables that hold keys of ours."""
+    return frozenset({config.gateway.owner_key_env, config.sglang.api_key_env} - {""}) & os.environ.keys()
+
+
+def check_capabilities(config: RolloutConfig, capabilities: Capabilities) -> int:
+    """Refuse an engine that cannot do what the run needs. Returns the context length in tokens.
+
+    Raises:
+        CapabilityError: no log-probs, no routed experts, or a context shorter than asked for.
+    """
+    if not capabilities.logprobs:
+        raise CapabilityError(
+            f"{capabilities.name} ({capabilities.engine_version}) returns no log-probs",
+            hint="behaviour log-probs must come from the engine; use SGLang, or rollout.engine=embedded",
+        )
+    wanted = config.context_length
+    if wanted is not None and wanted > capabilities.context_length:
+        raise CapabilityError(
+            f"rollout.context_length = {wanted}, but {capabilities.name} holds {capabilities.context_length} tokens",
+            hint=f"set rollout.context_length to at most {capabilities.context_length}, or raise the engine's limit",
+        )
+    return wanted or capabilities.context_length
+
+
+def _own_runner(config: PythonRunner, kit: Toolkit) -> Runner:
+    """A runner of the user's own."""
+    made = load_object(config.path, expects="a runner class")
+    if not callable(made):
+        raise ConfigError(f"{config.path} is a {type(made).__name__}, not a runner class", hint="name a class")
+    problem = signature_problem(made, 1, list(config.params))
+    if problem:
+        raise ConfigError(
+            f"{config.path} cannot be made from a Toolkit and `params`: {problem}",
+            hint="define it as `def __init__(self, kit, …)` with `params` as keyword arguments",
+        )
+    runner = made(kit, **config.params)
+    check_protocol(runner, Runner, config.path)
+    return runner
