@@ -9,14 +9,13 @@ from typing import Protocol
 from sluice.errors import EngineError
 from sluice.rollout.engines.sglang.affinity import Affinity
 from sluice.rollout.engines.sglang.member import Member, State
-from sluice.rollout.engines.sglang.wire import LostError, RefusedError, Wire
+from sluice.rollout.engines.sglang.wire import SERVER_ERROR, LostError, RefusedError, Wire
 from sluice.types import Version
 
 KEY_HEADER = "X-SMG-Routing-Key"
 """The router keeps requests with equal values at one server."""
 WORKER_HEADER = "x-smg-routed-worker-id"
 """In the router's reply: the URL of the server that answers."""
-SERVER_ERROR = 500
 PATIENCE = 8
 """Failures in a row, without a new token, after which a request is given up."""
 BACKOFF_SECONDS = 0.1

@@ -12,6 +12,10 @@ import httpx
 from sluice.errors import EngineError
 
 
+BAD_REQUEST, SERVER_ERROR = 400, 500
+"""HTTP: from the first on it is the caller's fault, from the second on the server's."""
+
+
 class RefusedError(EngineError):
     """The server is alive and said no; caught by name where that has a meaning of its own."""
 
@@ -131,11 +135,13 @@ class Wire:
         except ValueError as error:
             raise EngineError(f"{self.where} sent an event to {call} that is no JSON: {text[:200]}") from error
         reply = cast("dict[str, Any]", event) if isinstance(event, dict) else {}
-        if "error" in reply:
-            fault: Any = reply["error"]
-            code = cast("dict[str, Any]", fault).get("code", 0) if isinstance(fault, dict) else 0
-            raise self._refused(call, int(code) if str(code).isdigit() else 0, fault)
-        return reply
+        if "error" not in reply:
+            return reply
+        fault: Any = reply["error"]
+        code: Any = cast("dict[str, Any]", fault).get("code") if isinstance(fault, dict) else None
+        if isinstance(code, int) and BAD_REQUEST <= code < SERVER_ERROR:
+            raise self._refused(call, code, fault)
+        raise LostError(f"{self.where} broke off its answer to {call}: {str(fault)[:300]}")
 
     def _read(self, response: httpx.Response, call: str) -> dict[str, Any]:
         try:
