@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
 from sluice.rollout.chat.base import Delta, Parsed, ToolCall, ToolSpec
+from sluice.rollout.chat.detokenise import Detokeniser
 from sluice.rollout.chat.formats import Format, Written
 from sluice.types import Ids
 
@@ -21,34 +19,6 @@ Opening: TypeAlias = Literal["", "open", "closed"]
 
 _SPACE = " \t\r\n"
 _NEWLINE = "\r\n"
-
-
-class Detokeniser:
-    """Ids to text, piece by piece; the pieces together are the decoded whole.
-
-    An incomplete UTF-8 sequence waits for its end, or for the end of the turn.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
-        self._hidden = hidden
-        self._stream = DecodeStream(skip_special_tokens=False)
-        self._ids: list[int] = []
-        self._told = 0
-
-    def feed(self, ids: Sequence[int] | Ids) -> str:
-        pieces: list[str] = []
-        for id in ids:
-            if int(id) not in self._hidden:
-                self._ids.append(int(id))
-                pieces.append(self._stream.step(self._tokenizer, int(id)) or "")
-        text = "".join(pieces)
-        self._told += len(text)
-        return text
-
-    def close(self) -> str:
-        """What was held back."""
-        return self._tokenizer.decode(self._ids, skip_special_tokens=False)[self._told :]
 
 
 class TurnParser:
@@ -100,13 +70,21 @@ class TurnParser:
 
     def _advance(self, text: str, *, final: bool) -> list[Delta]:
         told = len(self._deltas)
+        if not text and not final:
+            return []
         self._text += text
-        steps = {"start": self._start, "reasoning": self._reasoning, "content": self._content, "call": self._call}
-        while steps[self._mode](final):
+        while self._step(final):
             pass
         if final and self._space:
             self._tell(self._space)
         return self._deltas[told:]
+
+    def _step(self, final: bool) -> bool:
+        if self._mode == "content":
+            return self._content(final)
+        if self._mode == "reasoning":
+            return self._reasoning(final)
+        return self._call(final) if self._mode == "call" else self._start(final)
 
     # Each step returns True when it changed the mode and another step may follow.
 

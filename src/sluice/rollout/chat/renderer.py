@@ -10,8 +10,9 @@ import numpy as np
 from sluice.config.gateway import ChatConfig
 from sluice.errors import DataError
 from sluice.rollout.chat.base import ChatMessage, ToolCall, ToolSpec
+from sluice.rollout.chat.detokenise import Detokenisers
 from sluice.rollout.chat.formats import FORMATS, detect
-from sluice.rollout.chat.parser import Detokeniser, Opening, TurnParser
+from sluice.rollout.chat.parser import Opening, TurnParser
 from sluice.rollout.chat.stability import Stability, examine
 from sluice.rollout.chat.template import Template
 from sluice.types import Ids, Prompt
@@ -65,6 +66,7 @@ class ChatRenderer:
                 f"{type(tokenizer).__name__} is not built on the tokenizers library, so text cannot be streamed",
                 hint="use a checkpoint with a tokenizer.json",
             )
+        self._detokenisers = Detokenisers(self._backend)
         self.format = detect(self._template.text) if config.format == "auto" else config.format
         self._format = FORMATS[self.format]
         if not self._template.takes_tools and (self._template.takes_calls or self._format.spells):
@@ -150,7 +152,7 @@ class ChatRenderer:
         """
         opening = self._opening if prompt is None else self._opens(prompt)
         hidden = self._hidden if tools else self._hidden_without_tools
-        return TurnParser(Detokeniser(self._backend, hidden), self._format, tools, call_id, opening)
+        return TurnParser(self._detokenisers.make(hidden), self._format, tools, call_id, opening)
 
     # Whether the template leaves the past alone.
 
