@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# setup.sh PIECES SITE: make the two environments of a GPU host from the pieces of pack.py, all in one folder.
+#
+# SITE/trainer/bin/python runs Sluice (this checkout), SITE/engine/bin/python runs SGLang and the router. Both see
+# the host's own packages (torch, triton, transformers) behind theirs, and neither sees the other's.
+set -euo pipefail
+mkdir -p "$2"
+pieces=$(cd "$1" && pwd) site=$(cd "$2" && pwd)
+repository=$(cd "$(dirname "$0")/../.." && pwd)
+host=$(python3 -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])')
+for name in trainer engine; do
+  python3 -m venv --without-pip "$site/$name"
+  packages=$(echo "$site/$name"/lib/python3.*/site-packages)
+  mkdir -p "$site/unpacked"
+  ln -sfn "$packages" "$site/unpacked/$name"
+  echo "import site; site.addsitedir('$host')" > "$packages/zz-host.pth"
+done
+echo "$repository/src" > "$site/unpacked/trainer/sluice.pth"
+for archive in $(ls "$pieces" | sed -n 's/\.[0-9][0-9][0-9]$//p' | sort -u); do
+  cat "$pieces/$archive".[0-9][0-9][0-9] | xz -T0 -dc | tar -C "$site/unpacked" --keep-directory-symlink -xf -
+done
+printf '#!%s\nfrom sluice.cli import main\n\nmain()\n' "$site/trainer/bin/python" > "$site/trainer/bin/sluice"
+chmod +x "$site/trainer/bin/sluice"
+"$site/trainer/bin/python" -c 'import sluice, torch, transformers; print("trainer", torch.__version__, transformers.__version__)'
+"$site/engine/bin/python" -c 'import importlib.metadata as m, torch; print("engine", torch.__version__, m.version("sglang"), m.version("smg"))'
