@@ -97,3 +97,15 @@ def renderer(template: str, format: str = "auto", **template_kwargs: bool) -> Ch
     """Made once for each template and format."""
     config = ChatConfig.model_validate({"format": format})
     return ChatRenderer(make_tokenizer(template), config, template_kwargs)
+
+
+@cache
+def fallback_renderer() -> ChatRenderer:
+    """A vocabulary like Llama 2's: pieces with a mark for space, and a token for each byte."""
+    tokens = ("<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "▁lo", "a", "lo", "e")
+    tokenizer = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, [], byte_fallback=True))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    template = "{% for message in messages %}{{ message.role + message.content }}</s>{% endfor %}"
+    return ChatRenderer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", chat_template=template))

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 
 import pytest
-from chat_rig import TOOLS, backend, make_tokenizer, renderer
+from chat_rig import TOOLS, backend, fallback_renderer, renderer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_parsing import parse_response
@@ -236,6 +236,14 @@ def test_streamed_text_is_the_decoded_whole(ids: list[int]) -> None:
     assert "".join(pieces) == chat.text(ids)
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 264) | st.sampled_from([3 + byte for byte in "世é👩".encode()]), max_size=20), CUTS)
+def test_byte_fallback_vocabularies_stream_too(ids: list[int], cuts: list[int]) -> None:
+    """A byte token more can turn a whole run of them into replacement characters."""
+    chat = fallback_renderer()
+    assert parse(chat, ids, cuts) == parse(chat, ids, range(len(ids))) == Parsed(chat.text(ids))
+
+
 _NAME = st.from_regex(r"[a-z_]{1,8}", fullmatch=True)
 _PLAIN = st.text(st.characters(codec="utf-8", exclude_characters="<\r\x1c\x1d\x1e\x1f\x85\xa0"), min_size=1).map(
     str.strip
@@ -301,8 +309,3 @@ def test_ids_of_calls_come_from_the_caller() -> None:
     parser = chat.parser(TOOLS, lambda index: f"s1-{index}")
     parser.feed(chat.encode(QWEN))
     assert [call.id for call in parser.close()[1].tool_calls] == ["s1-0", "s1-1"]
-
-
-def test_a_vocabulary_of_whole_words_streams_too() -> None:
-    tokenizer = make_tokenizer("plain")
-    assert ChatRenderer(tokenizer).parser().feed(tokenizer.encode("fox")) != []

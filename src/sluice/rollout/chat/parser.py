@@ -180,8 +180,11 @@ class TurnParser:
 
 
 def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that begins `mark`."""
-    for length in range(min(len(text), len(mark) - 1), 0, -1):
-        if mark.startswith(text[-length:]):
-            return length
+    """Length of the longest end of `text` that begins `mark` and is not all of it."""
+    tail = text[1 - len(mark) :] if len(mark) > 1 else ""
+    at = tail.find(mark[0])
+    while at >= 0:
+        if mark.startswith(tail[at:]):
+            return len(tail) - at
+        at = tail.find(mark[0], at + 1)
     return 0
