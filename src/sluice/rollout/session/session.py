@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,16 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from sluice.errors import EngineError
 from sluice.rollout.chat.base import ChatMessage, Parsed, ToolSpec
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.engines.base import Engine, Finish, GenerateRequest, Generation
 from sluice.rollout.gateway.errors import (
-    ContextOverflow,
     HistoryMismatch,
-    SamplingPinned,
     SessionClosed,
     SessionError,
     SessionFull,
@@ -29,15 +24,14 @@ from sluice.rollout.gateway.errors import (
 from sluice.rollout.runners.base import sampled_turn
 from sluice.rollout.session.base import Ask, Choice, Limits, OnDelta
 from sluice.rollout.session.branch import Answer, Plan, Tree
-from sluice.rollout.session.history import Print, prints, settled
-from sluice.rollout.session.place import RAW, Place, find, find_ids, find_text
+from sluice.rollout.session.history import Print, prints
+from sluice.rollout.session.pinned import Pinned
+from sluice.rollout.session.planner import Planner
 from sluice.rollout.session.reader import Parser, PlainParser, Reader, cut
-from sluice.types import Episode, Ids, Outcome, Prompt, SamplingParams, Turn
+from sluice.types import Episode, Outcome, Prompt, SamplingParams, Turn
 
 _ABORT_SECONDS = 10.0
 """How long `abort` and a cancelled call wait for the engine to let go of what it was drawing."""
-_NEUTRAL = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
-"""Values that ask for nothing, of parameters that a session does not have."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,13 +95,13 @@ class Session:
         self._noise = noise
         self._routes = routes
         self._policy = policy
+        self._pinned = Pinned(sampling, limits.on_sampling)
         self._tree = Tree()
-        self._pending: list[tuple[Plan, int]] = []  # calls in flight, and the segments each may add
+        self._planner = Planner(chat, self._tree)
+        self._pending: list[tuple[Plan, int]] = []  # calls in flight, and the answers to each
         self._declared: list[str] = []
         self._calls = 0
-        self._turns = 0
         self._counts: Counter[str] = Counter()
-        self._wishes: list[dict[str, float]] = []
         self._flying: dict[str, asyncio.Task[Generation]] = {}
         self._end = ""  # finish of the last call
 
@@ -127,14 +121,14 @@ class Session:
                 request may come again.
         """
         self._check(ask.n, ask.max_new_tokens, ask.wishes)
-        plan = self._plan(ask.messages, ask.tools, ask.template_kwargs)
+        plan = self._planner.chat(ask.messages, ask.tools, ask.template_kwargs, self._plans)
         number = self._calls
 
         def parser(index: int) -> Parser:
             name = f"call{number:05d}{index:03d}" + "{:03d}"
             return self._chat.parser(ask.tools, name.format, prompt=plan.context)
 
-        sampling = self._sampling(plan, ask.max_new_tokens, ask.stop)
+        sampling = self._pinned.limited(len(plan.context), self._limits.context_length, ask.max_new_tokens, ask.stop)
         return await self._answer(plan, ask.n, _Call(number, sampling, ask.stop, parser, False, ask.on_delta))
 
     async def complete(
@@ -152,8 +146,8 @@ class Session:
         Raises: see `ask`.
         """
         self._check(n, max_new_tokens, wishes or {})
-        plan = self._plan_raw(prompt)
-        sampling = self._sampling(plan, max_new_tokens, stop)
+        plan = self._planner.raw(prompt, self._plans)
+        sampling = self._pinned.limited(len(plan.context), self._limits.context_length, max_new_tokens, stop)
         call = _Call(self._calls, sampling, stop, lambda _: PlainParser(self._chat.text), True, on_delta)
         return await self._answer(plan, n, call)
 
@@ -169,7 +163,7 @@ class Session:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> int:
         """Tokens before the answer if this were asked now."""
-        return len(self._plan(messages, tools, template_kwargs or {}).context)
+        return len(self._planner.chat(messages, tools, template_kwargs or {}, self._plans).context)
 
     async def abort(self) -> None:
         """End what is in flight: its callers get EngineError. Returns when nothing is, or the engine is too slow."""
@@ -184,10 +178,10 @@ class Session:
     def counters(self) -> dict[str, int]:
         """`turns`, `segments`, `forks/REASON`, `mismatches`, `sampling_flagged`, `malformed_calls`,
         `sampled_tokens`, `aborted_calls`."""
-        named = ("turns", "segments", "mismatches", "sampling_flagged", "malformed_calls", "sampled_tokens")
-        counts = {name: self._counts[name] for name in (*named, "aborted_calls")}
+        named = ("turns", "mismatches", "malformed_calls", "sampled_tokens", "aborted_calls")
+        counts = {name: self._counts[name] for name in named}
         forks = {name: count for name, count in self._counts.items() if name.startswith("forks/")}
-        return {**counts, "segments": len(self._tree), "turns": self._turns, **forks}
+        return {**counts, "segments": len(self._tree), "sampling_flagged": self._pinned.flagged, **forks}
 
     def transcript(self) -> list[dict[str, Any]]:
         """Every segment as JSON: its fork, and of each turn author, text, tokens, versions and finish."""
@@ -225,8 +219,8 @@ class Session:
             whys = {"": "no model call", "abort": "the last model call was aborted"}
             reason = reason or whys.get(self._end, "")
         facts: dict[str, Any] = {"counters": self.counters(), **(info or {})}
-        if self._wishes:
-            facts["sampling_wishes"] = list(self._wishes)
+        if self._pinned.wishes:
+            facts["sampling_wishes"] = list(self._pinned.wishes)
         return self._tree.episode(
             self.id, self.group_id, self.prompt, outcome, reason=reason, policy=self._policy, info=facts
         )
@@ -243,76 +237,10 @@ class Session:
             raise SessionError(f"n is {n}; at least one answer must be asked for")
         if max_new_tokens is not None and max_new_tokens < 1:
             raise SessionError(f"the limit of new tokens is {max_new_tokens}; it must be at least 1")
-        flying = sum(1 + added for _, added in self._pending)
-        if self._turns + flying + n > self._limits.max_turns:
+        flying = sum(wanted for _, wanted in self._pending)
+        if self._counts["turns"] + flying + n > self._limits.max_turns:
             raise SessionFull(f"session {self.id} has had its {self._limits.max_turns} model calls")
-        asked = {name: value for name, value in wishes.items() if not self._granted(name, value)}
-        if not asked:
-            return
-        if self._limits.on_sampling == "refuse":
-            told = ", ".join(f"{name} = {value}" for name, value in asked.items())
-            raise SamplingPinned(
-                f"this session samples with its own parameters, not with {told}",
-                hint=f"leave them out; the session has {self._pinned()}",
-            )
-        self._counts["sampling_flagged"] += 1
-        if asked not in self._wishes:
-            self._wishes.append(asked)
-
-    def _granted(self, name: str, value: float) -> bool:
-        """Whether a client that asks for this gets it."""
-        if name == "top_k":
-            return value == self.sampling.top_k or (value <= 0 and self.sampling.top_k <= 0)
-        if name in ("temperature", "top_p", "min_p"):
-            return math.isclose(value, getattr(self.sampling, name), rel_tol=1e-6, abs_tol=1e-9)
-        return name in _NEUTRAL and value == _NEUTRAL[name]
-
-    def _pinned(self) -> str:
-        return ", ".join(
-            f"{name} = {getattr(self.sampling, name)}" for name in ("temperature", "top_p", "top_k", "min_p")
-        )
-
-    def _sampling(self, plan: Plan, max_new_tokens: int | None, stop: tuple[str, ...]) -> SamplingParams:
-        """The session's own, within what the client and the context leave."""
-        used, limit = len(plan.context), self._limits.context_length
-        if used >= limit:
-            raise ContextOverflow(
-                f"This model's maximum context length is {limit} tokens. However, your messages resulted in "
-                f"{used} tokens, which leaves no room for an answer.",
-                hint="shorten the messages",
-            )
-        own = self.sampling.max_new_tokens
-        most = min(own, limit - used, own if max_new_tokens is None else max_new_tokens)
-        return replace(self.sampling, max_new_tokens=most, stop=tuple(dict.fromkeys((*self.sampling.stop, *stop))))
-
-    def _plan(
-        self, messages: Sequence[ChatMessage], tools: Sequence[ToolSpec], template_kwargs: Mapping[str, Any]
-    ) -> Plan:
-        if not messages:
-            raise SessionError("there are no messages")
-        sent, head, settings = prints(messages), settled(list(tools)), settled(dict(template_kwargs))
-        place = find(self._tree, self._plans, head, sent, settings)
-        observed: Ids = np.empty(0, np.int32)
-        if place.base is None:
-            observed = self._chat.begin(messages, tools, **template_kwargs)
-        elif place.after is not None:
-            observed = self._chat.extend(place.after.turn.ids, messages[place.kept :], tools, **template_kwargs)
-        return _planned(head, sent, settings, place, observed)
-
-    def _plan_raw(self, prompt: str | Sequence[int]) -> Plan:
-        if not len(prompt):
-            raise SessionError("the prompt is empty")
-        if isinstance(prompt, str):
-            place, rest = find_text(self._tree, self._plans, prompt)
-            observed = self._chat.encode(rest) if rest else np.empty(0, np.int32)
-        else:
-            ids = np.asarray(prompt, dtype=np.int32)
-            place = find_ids(self._tree, self._plans, ids)
-            observed = ids[place.position :]
-            rest = self._chat.text(observed)
-        shared = [entry.print for entry in place.base.entries[: place.kept]] if place.base else []
-        new = [Print("text", rest)] if len(observed) else []
-        return _planned(RAW, (*shared, *new), "", place, observed)
+        self._pinned.check(wishes)
 
     @property
     def _plans(self) -> list[Plan]:
@@ -343,8 +271,8 @@ class Session:
                 plan = replace(plan, reason=declared)
             else:
                 self._permit(plan)
-            added = n - 1 + bool(plan.deviation)
-            expected = max(1, len(self._tree)) + sum(added for _, added in self._pending) + added
+            calls = [*self._pending, (plan, n)]
+            expected = max(1, len(self._tree)) + sum(wanted - 1 + bool(one.deviation) for one, wanted in calls)
             if expected > self._limits.max_segments:
                 raise SessionFull(
                     f"session {self.id} may have {self._limits.max_segments} segments; this one would be {expected}",
@@ -352,8 +280,8 @@ class Session:
                 )
             self._calls += 1
             self.last_used = time.monotonic()
-            held = (plan, added)
-            self._pending.append(held)
+            held = calls[-1]
+            self._pending = calls
             try:
                 yield plan
             finally:
@@ -420,7 +348,7 @@ class Session:
         for branch in self._tree.branches[before:]:
             if branch.fork is not None:
                 self._counts[f"forks/{branch.fork.reason.partition(':')[0]}"] += 1
-        self._turns += len(turns)
+        self._counts["turns"] += len(turns)
         self._counts["sampled_tokens"] += sum(map(len, turns))
         self._counts["malformed_calls"] += sum(len(one.malformed) for one in parsed)
         self._end = turns[0].finish
@@ -444,23 +372,6 @@ class Session:
             return Print("text", shown), Answer(begin, turn, dropped=text.removeprefix(shown))
         message = ChatMessage("assistant", parsed.content, parsed.reasoning, parsed.tool_calls)
         return prints((message,))[0], Answer(begin, turn, plan.settings)
-
-
-def _planned(head: str, sent: tuple[Print, ...], settings: str, place: Place, observed: Ids) -> Plan:
-    shared = place.base.ids(place.position) if place.base else np.empty(0, np.int32)
-    context = np.concatenate([shared, observed]) if len(shared) else observed
-    return Plan(
-        head,
-        sent,
-        settings,
-        place.base,
-        place.position,
-        place.kept,
-        observed,
-        context,
-        place.deviation,
-        place.reason,
-    )
 
 
 async def _ended(tasks: Sequence[asyncio.Task[Any]]) -> None:
