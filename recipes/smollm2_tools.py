@@ -4,7 +4,7 @@
     sluice engines install sglang --cuda
     sluice train recipes/smollm2_tools.py
 
-The agent is `examples/calculator_agent.py`, a plain program that uses the `openai` package and knows nothing of
+The agent is `examples/calculator_words.py`, a plain program that uses the `openai` package and knows nothing of
 Sluice: it is started once per episode with a base URL and a key. The model's chat template knows no tools, so the agent
 speaks plain text with the model: `CALC: 12 + 30` is answered with `RESULT: 42`, `ANSWER: 42` ends the conversation.
 Sums of three terms with two digits are beyond this model without the tool.
@@ -21,7 +21,7 @@ from typing import Any
 from smollm2 import on_gpu_host, sums
 from smollm2 import recipe as single_turn
 
-AGENT = Path(__file__).parents[1] / "examples" / "calculator_agent.py"
+AGENT = Path(__file__).parents[1] / "examples" / "calculator_words.py"
 SCORER = {"type": "reasoning_gym", "pattern": r"ANSWER: *(-?\d+)", "threshold": 1.0}
 
 
@@ -32,6 +32,7 @@ def recipe() -> dict[str, Any]:
         **base["rollout"],
         "context_length": 1024,
         "sampling": {"max_new_tokens": 32},
+        "chat": {"format": "none"},
         "runner": {"type": "command", "command": [sys.executable, str(AGENT)], "seconds": 120, "parallel": 16},
     }
     return {
