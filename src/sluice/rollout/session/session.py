@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,23 +14,16 @@ from sluice.errors import EngineError
 from sluice.rollout.chat.base import ChatMessage, Parsed, ToolSpec
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.engines.base import Engine, Finish, GenerateRequest, Generation
-from sluice.rollout.gateway.errors import (
-    HistoryMismatch,
-    SessionClosed,
-    SessionError,
-    SessionFull,
-)
+from sluice.rollout.gateway.errors import HistoryMismatch, SessionClosed, SessionError, SessionFull
 from sluice.rollout.runners.base import sampled_turn
 from sluice.rollout.session.base import Ask, Choice, Limits, OnDelta
 from sluice.rollout.session.branch import Answer, Plan, Tree
+from sluice.rollout.session.flights import Flights
 from sluice.rollout.session.history import Print, prints
 from sluice.rollout.session.pinned import Pinned
 from sluice.rollout.session.planner import Planner
 from sluice.rollout.session.reader import Parser, PlainParser, Reader, cut
 from sluice.types import Episode, Outcome, Prompt, SamplingParams, Turn
-
-_ABORT_SECONDS = 10.0
-"""How long `abort` and a cancelled call wait for the engine to let go of what it was drawing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +81,6 @@ class Session:
         self.sampling = sampling
         self.closed = False
         self.last_used = time.monotonic()
-        self._engine = engine
         self._chat = chat
         self._limits = limits
         self._noise = noise
@@ -102,7 +93,7 @@ class Session:
         self._declared: list[str] = []
         self._calls = 0
         self._counts: Counter[str] = Counter()
-        self._flying: dict[str, asyncio.Task[Generation]] = {}
+        self._flights = Flights(engine)
         self._end = ""  # finish of the last call
 
     @property
@@ -167,11 +158,7 @@ class Session:
 
     async def abort(self) -> None:
         """End what is in flight: its callers get EngineError. Returns when nothing is, or the engine is too slow."""
-        tasks = list(self._flying.values())
-        if not tasks:
-            return
-        await self._engine.abort(list(self._flying))
-        await _ended(tasks)
+        await self._flights.abort()
 
     # What was recorded.
 
@@ -251,7 +238,7 @@ class Session:
     async def _answer(self, plan: Plan, n: int, call: _Call) -> tuple[Choice, ...]:
         with self._admitted(plan, n) as plan:
             readers = [self._reader(call, index) for index in range(n)]
-            drawn = await self._draw(plan, call, readers)
+            drawn = await self._flights.draw(self._requests(plan, call, readers))
             if self.closed:
                 raise SessionClosed(f"session {self.id} was finished while this was being answered")
             if any(one.finish is Finish.ABORT for one in drawn):
@@ -308,32 +295,24 @@ class Session:
         tell = partial(call.on_delta, index) if call.on_delta is not None else None
         return Reader(call.parser(index), call.stop, tell)
 
-    async def _draw(self, plan: Plan, call: _Call, readers: Sequence[Reader]) -> list[Generation]:
-        """One generation per reader, all at once. When one fails, or the call is cancelled, the others end."""
-        routes_from = None
-        if self._routes:
-            routes_from = plan.base.routes_end(plan.kept) if plan.base else 0
-        tasks: dict[str, asyncio.Task[Generation]] = {}
+    def _requests(self, plan: Plan, call: _Call, readers: Sequence[Reader]) -> list[GenerateRequest]:
+        """One per reader, each with noise of its own."""
+        routes_from = (plan.base.routes_end(plan.kept) if plan.base else 0) if self._routes else None
+        requests: list[GenerateRequest] = []
         for index, reader in enumerate(readers):
             name = (str(call.number) if call.number or index else "") + (f".{index}" if index else "")
-            request = GenerateRequest(
-                f"{self.id}/{name or 0}",
-                plan.context,
-                call.sampling,
-                self._noise(name),
-                routing_key=self.id,
-                on_tokens=reader.feed if call.on_delta is not None else None,
-                routes_from=routes_from,
+            requests.append(
+                GenerateRequest(
+                    f"{self.id}/{name or 0}",
+                    plan.context,
+                    call.sampling,
+                    self._noise(name),
+                    routing_key=self.id,
+                    on_tokens=reader.feed if call.on_delta is not None else None,
+                    routes_from=routes_from,
+                )
             )
-            tasks[request.rid] = asyncio.create_task(self._engine.generate(request))
-        self._flying |= tasks
-        try:
-            return list(await asyncio.gather(*tasks.values()))
-        finally:
-            for rid, task in tasks.items():
-                task.cancel()
-                del self._flying[rid]
-            await _ended(list(tasks.values()))
+        return requests
 
     def _record(
         self, plan: Plan, call: _Call, readers: Sequence[Reader], drawn: Sequence[Generation]
@@ -352,17 +331,11 @@ class Session:
         self._counts["sampled_tokens"] += sum(map(len, turns))
         self._counts["malformed_calls"] += sum(len(one.malformed) for one in parsed)
         self._end = turns[0].finish
+        shown = [cut(text, call.stop) for text in texts]
+        used = len(plan.context)
         return tuple(
-            Choice(
-                index,
-                parsed[index],
-                turns[index],
-                cut(texts[index], call.stop),
-                branches[index].index,
-                len(plan.context),
-                one.cached_tokens,
-            )
-            for index, one in enumerate(drawn)
+            Choice(at, parsed[at], turns[at], shown[at], branches[at].index, used, one.cached_tokens)
+            for at, one in enumerate(drawn)
         )
 
     def _as_answer(self, plan: Plan, call: _Call, turn: Turn, parsed: Parsed, text: str) -> tuple[Print, Answer]:
@@ -372,11 +345,3 @@ class Session:
             return Print("text", shown), Answer(begin, turn, dropped=text.removeprefix(shown))
         message = ChatMessage("assistant", parsed.content, parsed.reasoning, parsed.tool_calls)
         return prints((message,))[0], Answer(begin, turn, plan.settings)
-
-
-async def _ended(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Wait until these end, whatever their end is."""
-    done, _ = await asyncio.wait(tasks, timeout=_ABORT_SECONDS)
-    for task in done:
-        if not task.cancelled():
-            task.exception()  # looked at, so that nobody warns
