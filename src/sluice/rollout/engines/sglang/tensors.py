@@ -6,6 +6,7 @@ import atexit
 import base64
 import io
 import socket
+import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from sluice.errors import WeightsError
 from sluice.weights.base import Published
+
+_STRATEGY = threading.Lock()
+"""Held while torch's sharing strategy is another: servers of a set are served from several threads at a time."""
 
 
 def promised(published: Published) -> Iterator[tuple[str, Tensor]]:
@@ -63,19 +67,20 @@ def serialise(bucket: list[tuple[str, Tensor]], copies: int = 1) -> list[str]:
         bucket: (name, tensor) pairs.
         copies: how many processes will read; each must get a pickle of its own.
     """
-    usual = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    try:
-        texts: list[str] = []
-        for _ in range(copies):
-            buffer = io.BytesIO()
-            ForkingPickler(buffer).dump(bucket)
-            texts.append(base64.b64encode(buffer.getvalue()).decode("ascii"))
-        return texts
-    finally:
-        torch.multiprocessing.set_sharing_strategy(usual)
-        atexit.unregister(end_shm_manager)  # once, however often we come here
-        atexit.register(end_shm_manager)
+    with _STRATEGY:
+        usual = torch.multiprocessing.get_sharing_strategy()
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        try:
+            texts: list[str] = []
+            for _ in range(copies):
+                buffer = io.BytesIO()
+                ForkingPickler(buffer).dump(bucket)
+                texts.append(base64.b64encode(buffer.getvalue()).decode("ascii"))
+            return texts
+        finally:
+            torch.multiprocessing.set_sharing_strategy(usual)
+            atexit.unregister(end_shm_manager)  # once, however often we come here
+            atexit.register(end_shm_manager)
 
 
 def end_shm_manager() -> None:
