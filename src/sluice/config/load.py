@@ -24,6 +24,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from sluice.config.lines import Key, key_lines
 from sluice.config.overrides import Override, OverrideError
 from sluice.config.problems import Places, Problem, problems_of, refuse
 from sluice.config.python_recipe import call_recipe
+from sluice.config.rollout import RolloutConfig
 from sluice.config.run import RunConfig
 from sluice.config.shape import Table, as_list, as_table, as_written, fill_defaults
 from sluice.errors import ConfigError
@@ -83,6 +85,42 @@ def load_recipe(
         raise refuse(name, [*problems, *problems_of(error, Places(known))]) from error
     if problems:
         raise refuse(name, problems)
+    return config
+
+
+def load_rollout(
+    overrides: Sequence[str] = (), *, flags: Mapping[str, tuple[str, object]] | None = None
+) -> RolloutConfig:
+    """The rollout part alone, for what needs no recipe.
+
+    Args:
+        overrides: `rollout.KEY=VALUE`, in order.
+        flags: values of command-line flags by dotted key under `rollout`, applied after the overrides.
+
+    Raises:
+        ConfigError: naming every problem and its place.
+    """
+    tree: Table = {"rollout": {}}
+    known: dict[Key, str] = {(): "the command line"}
+    problems: list[Problem] = []
+    given = [(argument, "") for argument in overrides]
+    given += [(f"rollout.{key}={value}", flag) for key, (flag, value) in (flags or {}).items()]
+    for argument, flag in given:
+        try:
+            override = Override.parse(argument)
+            if not override.key.startswith("rollout."):
+                raise OverrideError("keys begin with 'rollout.' here: there is no training", override.place)
+            for key in override.apply(tree):
+                _replace_place(known, key[1:], flag or override.place)
+        except OverrideError as error:
+            problems.append(Problem((), str(error), error.place))
+    try:
+        config = RolloutConfig.model_validate(fill_defaults(RolloutConfig, tree["rollout"]))
+    except ValidationError as error:
+        found = [replace(one, key=("rollout", *one.key[1:])) for one in problems_of(error, Places(known))]
+        raise refuse("the command line", [*problems, *found]) from error
+    if problems:
+        raise refuse("the command line", problems)
     return config
 
 

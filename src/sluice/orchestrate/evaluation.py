@@ -12,7 +12,7 @@ import numpy as np
 from sluice.log.records import EpisodeRecord, EvalRecord
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.producer import Producer
-from sluice.rollout.render import Renderer
+from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.runners.base import EpisodeRequest, Runner, turn_noise
 from sluice.types import Episode, Prompt, SamplingParams, Version
 
@@ -74,7 +74,7 @@ class Evaluator:
         self,
         runner: Runner,
         judge: Producer,
-        renderer: Renderer,
+        renderer: ChatRenderer,
         journal: Journal,
         prompts: Sequence[Prompt],
         *,

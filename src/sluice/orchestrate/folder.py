@@ -5,6 +5,7 @@ runs/NAME/
     metrics.jsonl       one row a batch
     summary.json        written at the end
     agents/             logs of agent programs, an episode each (runner `command`)
+    engines/            logs of SGLang servers and the router that were started here
     log/                the durable episode log (`sluice episodes runs/NAME`)
     checkpoints/        atomic, newest last
     tensorboard/        event files

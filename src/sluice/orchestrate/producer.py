@@ -11,7 +11,7 @@ from sluice.log.records import Disposition, DispositionRecord, EpisodeRecord, Fa
 from sluice.orchestrate.journal import Journal
 from sluice.rewards.base import VerifierFailure
 from sluice.rewards.rubric import Rubric
-from sluice.rollout.render import Renderer
+from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.runners.base import EpisodeRequest, Runner
 from sluice.types import Episode, GroupRequest, Outcome, Reward, Scored, Version, expand
 
@@ -45,7 +45,7 @@ class Producer:
         self,
         runner: Runner,
         rubric: Rubric,
-        renderer: Renderer,
+        renderer: ChatRenderer,
         journal: Journal,
         *,
         seed: int,

@@ -5,21 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sluice.config.gateway import GatewayConfig
 from sluice.config.rollout import RolloutConfig
-from sluice.config.runners import (
-    CommandRunner,
-    ExternalRunner,
-    PythonRunner,
-    SingleTurnRunner,
-    ToolsRunner,
-)
-from sluice.errors import CapabilityError, ConfigError
-from sluice.plugins import check_protocol, load_object, signature_problem
+from sluice.config.runners import SingleTurnRunner, ToolsRunner
+from sluice.errors import CapabilityError
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.engines.base import Capabilities, Engine
 from sluice.rollout.runners.base import Runner
@@ -29,9 +22,9 @@ from sluice.rollout.runners.tools import ToolLoop
 from sluice.rollout.session import Limits
 
 if TYPE_CHECKING:
-    from sluice.rollout.gateway import Desk, Gateway
-    from sluice.rollout.runners.external import ExternalDesk
     from transformers import PreTrainedTokenizerBase
+
+    from sluice.rollout.gateway.server import Gateway
 
 Tell = Callable[[str], None]
 
@@ -74,31 +67,10 @@ async def open_rollout(
     kit = Toolkit(engine, chat, limits, folder, None, routes, secrets(config))
     if isinstance(config.runner, ToolsRunner):
         return Rollout(ToolLoop(config.runner, kit), chat, None)
-    desk = ExternalDesk(config.runner) if isinstance(config.runner, ExternalRunner) else None
-    gateway = await open_gateway(stack, config, kit, desk, tell)
-    return Rollout(_agent_runner(config, replace(kit, gateway=gateway), gateway, desk), chat, gateway)
+    from sluice.orchestrate.agents import open_agents  # a web server, only where agents come over HTTP
 
-
-def _agent_runner(config: RolloutConfig, kit: Toolkit, gateway: Gateway, desk: ExternalDesk | None) -> Runner:
-    match config.runner:
-        case CommandRunner() as chosen:
-            return CommandAgent(chosen, kit, gateway)
-        case PythonRunner() as chosen:
-            return _own_runner(chosen, kit)
-        case _:
-            assert desk is not None  # made for the only runner that is left
-            desk.bind(kit, gateway)
-            return desk
-
-
-async def open_gateway(
-    stack: AsyncExitStack, config: RolloutConfig, kit: Toolkit, desk: Desk | None, tell: Tell
-) -> Gateway:
-    """Start the gateway on the configured address; `stack` stops it."""
-    gateway = Gateway(config.gateway, engine=kit.engine, chat=kit.chat, limits=kit.limits, desk=desk)
-    await gateway.start()
-    stack.push_async_callback(gateway.stop)
-    return gateway
+    runner, gateway = await open_agents(stack, config, kit, tell)
+    return Rollout(runner, chat, gateway)
 
 
 def make_limits(config: GatewayConfig, context_length: int) -> Limits:
@@ -150,19 +122,3 @@ def check_capabilities(config: RolloutConfig, capabilities: Capabilities) -> int
             hint=f"set rollout.context_length to at most {capabilities.context_length}, or raise the engine's limit",
         )
     return wanted or capabilities.context_length
-
-
-def _own_runner(config: PythonRunner, kit: Toolkit) -> Runner:
-    """A runner of the user's own."""
-    made = load_object(config.path, expects="a runner class")
-    if not callable(made):
-        raise ConfigError(f"{config.path} is a {type(made).__name__}, not a runner class", hint="name a class")
-    problem = signature_problem(made, 1, list(config.params))
-    if problem:
-        raise ConfigError(
-            f"{config.path} cannot be made from a Toolkit and `params`: {problem}",
-            hint="define it as `def __init__(self, kit, …)` with `params` as keyword arguments",
-        )
-    runner = made(kit, **config.params)
-    check_protocol(runner, Runner, config.path)
-    return runner

@@ -18,7 +18,7 @@ from sluice.models.build import load_model, make_scratch
 from sluice.plugins import check_protocol, load_object
 from sluice.rollout.engines.base import Engine
 from sluice.rollout.engines.embedded import EmbeddedEngine
-from sluice.rollout.engines.sglang import SGLangEngine
+from sluice.rollout.engines.sglang import SGLangEngine, make_fleet
 from sluice.rollout.runners.base import Runner
 from sluice.types import Prompt, Version
 from sluice.weights.base import Sink
@@ -117,8 +117,6 @@ def make_engine(
     if config.engine == "embedded":
         engine = embedded_engine(config.embedded, model_folder, tokenizer, device=device)
     elif config.engine == "sglang":
-        from sluice.rollout.engines.sglang import make_fleet
-
         engine = make_fleet(config, model=model_folder, folder=folder, device=device, progress=tell)
     else:
         engine = SGLangEngine(config.engine, config.sglang)

@@ -24,7 +24,8 @@ import xxhash
 from sluice.config.runners import CommandRunner
 from sluice.errors import ConfigError
 from sluice.gym import KEY as GYM
-from sluice.rollout.gateway import Gateway, Lease
+from sluice.rollout.gateway.desk import Lease
+from sluice.rollout.gateway.server import Gateway
 from sluice.rollout.runners.base import EpisodeRequest
 from sluice.rollout.runners.program import Ended, run_program
 from sluice.rollout.runners.toolkit import Toolkit
@@ -87,9 +88,8 @@ class CommandAgent:
         return work
 
     async def _agent(self, request: EpisodeRequest, home: Path, work: Path) -> Episode:
-        session, key = self._gateway.open(
-            Lease(request.id, request.group_id, request.prompt, request.sampling, request.noise)
-        )
+        lease = Lease(request.id, request.group_id, request.prompt, request.sampling, request.noise)
+        session, key = self._gateway.open(lease)
         try:
             ended = await run_program(
                 self._config.command, folder=work, env=self._environment(home / "prompt.json", session.id, key),

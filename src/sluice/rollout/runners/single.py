@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sluice.errors import DataError
+from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.engines.base import Engine, Finish, GenerateRequest
-from sluice.rollout.render import Renderer
 from sluice.rollout.runners.base import EpisodeRequest, sampled_turn
 from sluice.types import Episode, Ids, Outcome, Prompt, Segment, observed
 
@@ -23,7 +23,7 @@ class SingleTurn:
         routes: bring the experts that each position was routed to into the episode.
     """
 
-    def __init__(self, engine: Engine, renderer: Renderer, *, context_length: int, routes: bool = False) -> None:
+    def __init__(self, engine: Engine, renderer: ChatRenderer, *, context_length: int, routes: bool = False) -> None:
         self._engine = engine
         self._renderer = renderer
         self._context_length = context_length

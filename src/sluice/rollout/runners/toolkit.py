@@ -16,7 +16,7 @@ from sluice.rollout.session import Limits, Session
 from sluice.types import Prompt
 
 if TYPE_CHECKING:
-    from sluice.rollout.gateway import Gateway
+    from sluice.rollout.gateway.server import Gateway
 
 
 @dataclass(frozen=True, slots=True)

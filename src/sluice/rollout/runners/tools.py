@@ -34,8 +34,9 @@ class ToolLoop:
     async def run(self, request: EpisodeRequest) -> Episode:
         """The whole conversation, as one session."""
         session = self._kit.session(request)
+        deadline = asyncio.timeout(self._config.episode_seconds)
         try:
-            async with asyncio.timeout(self._config.episode_seconds) as deadline:
+            async with deadline:
                 return await self._converse(session)
         except TimeoutError:
             if not deadline.expired():
