@@ -6,6 +6,9 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.stamp-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
+# KV goes from prefill to decode engines over a library that loads these, over TCP too
+RDMA := libibverbs1 librdmacm1
+LOAD_RDMA := import ctypes; [ctypes.CDLL(name) for name in ("libibverbs.so.1", "librdmacm.so.1")]
 
 .PHONY: help setup demo test test-all check format clean
 .DEFAULT_GOAL := help
@@ -32,7 +35,9 @@ test: setup ## Run the tests that take seconds
 	$(RUN) -m pytest -q -m "not slow"
 
 test-all: setup ## Run every test; installs SGLang (CPU) for the engine tests
-	PYTHON=$(PYTHON) scripts/install_sglang_cpu.sh
+	@$(RUN) -c '$(LOAD_RDMA)' 2>/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq $(RDMA); } || \
+		{ echo "make: first install the system libraries of the prefill/decode tests: $(RDMA)" >&2; exit 1; }
+	PYTHON=$(PYTHON) $(VENV)/bin/sluice engines install sglang --cpu
 	$(RUN) -m pytest -q
 
 check: setup ## Formatting, lint, types, import layers

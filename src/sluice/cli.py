@@ -33,6 +33,8 @@ config_app = typer.Typer(help="Show a resolved recipe, or the schema of all reci
 app.add_typer(config_app, name="config")
 models_app = typer.Typer(help="Get a model that can be had without a model hub.", no_args_is_help=False)
 app.add_typer(models_app, name="models")
+engines_app = typer.Typer(help="Install inference engines, in environments of their own.", no_args_is_help=False)
+app.add_typer(engines_app, name="engines")
 
 Recipe = Annotated[
     str,
@@ -217,6 +219,43 @@ def fetch_model(
     from sluice.models.smollm2 import fetch
 
     typer.echo(fetch(out, dtype=dtype, file=file, say=lambda line: typer.echo(line, err=True)))
+
+
+@engines_app.command(name="install")
+def install_engine(
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="sglang, with its router.")],
+    cpu: Annotated[bool, typer.Option("--cpu", help="For a CPU: 1.6 GB, minutes.")] = False,
+    cuda: Annotated[bool, typer.Option("--cuda", help="For NVIDIA GPUs: about 10 GB.")] = False,
+    rocm: Annotated[bool, typer.Option("--rocm", help="For AMD GPUs. This recipe has not been run.")] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder", metavar="FOLDER", help="Where. Default: $SLUICE_HOME/engines, or ~/.cache/sluice/engines."
+        ),
+    ] = None,
+) -> None:
+    """Install an engine from its lock and print its interpreter. Default: the build that fits this machine.
+
+    A second run returns at once; a changed lock, or a run that was cut short, installs afresh. PYTHON names the
+    interpreter, 3.11.
+    """
+    from sluice.engines_install import chosen, install
+
+    build = chosen(engine, cpu=cpu, cuda=cuda, rocm=rocm)
+    typer.echo(install(build, folder, say=lambda line: typer.echo(line, err=True)))
+
+
+@engines_app.command(name="list")
+def list_engines(as_json: Json = False) -> None:
+    """Print every engine build, whether it is installed, and where."""
+    from sluice.engines_install import listed
+
+    rows = listed()
+    if as_json:
+        typer.echo(json.dumps([row.to_json() for row in rows], indent=2))
+    else:
+        for row in rows:
+            typer.echo(str(row))
 
 
 @app.command()

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from sluice_engine import environments
+
 GIB = 1024**3
 _FREE_MEMORY = 2 * GIB
 """A small model with its optimizer and KV cache; measured for the demo: below 1 GiB."""
@@ -138,9 +140,13 @@ def _shared_memory(folder: Path) -> Check:
 
 
 def _sglang() -> Check:
-    home = Path(os.environ.get("SLUICE_HOME", Path.home() / ".cache" / "sluice"))
-    python = home / "engines" / "sglang-cpu" / "bin" / "python"
-    if not python.is_file():
-        move = "needed only to run SGLang here: scripts/install_sglang_cpu.sh"
-        return Check("sglang", "warn", "not installed", move)
-    return Check("sglang", "ok", str(python))
+    """The engines' own environments, as `sluice engines install` makes them."""
+    states = {build: environments.state(build, environments.folder(build)) for build in environments.BUILDS}
+    there = {build: state for build, state in states.items() if state != "missing"}
+    if not there:
+        return Check("sglang", "warn", "not installed", "needed only to run SGLang here: sluice engines install sglang")
+    found = ", ".join(f"{state} at {environments.folder(build)}" for build, state in there.items())
+    broken = [build for build, state in there.items() if state != "ready"]
+    if broken:
+        return Check("sglang", "warn", found, f"sluice engines install sglang --{broken[0]}")
+    return Check("sglang", "ok", found)

@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sluice_engine import environments
+
 SHIM = Path(__file__).parent / "cpu_shim"
 FLAGS: dict[str, str | bool] = {
     "device": "cpu",
@@ -28,15 +30,14 @@ FLAGS: dict[str, str | bool] = {
 
 
 def interpreter(environ: Mapping[str, str] = os.environ) -> Path:
-    """The Python of the environment that `scripts/install_sglang_cpu.sh` makes by default.
+    """The Python of the environment that `sluice engines install sglang --cpu` makes by default.
 
     Raises:
         FileNotFoundError: it is not installed.
     """
-    home = Path(environ.get("SLUICE_HOME") or Path.home() / ".cache" / "sluice")
-    python = home / "engines" / "sglang-cpu" / "bin" / "python"
+    python = environments.python_in(environments.folder("cpu", environ))
     if not python.exists():
-        raise FileNotFoundError(f"there is no SGLang at {python}; run scripts/install_sglang_cpu.sh")
+        raise FileNotFoundError(f"there is no SGLang at {python}; run sluice engines install sglang --cpu")
     return python
 
 

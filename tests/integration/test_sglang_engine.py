@@ -1,6 +1,6 @@
 """The SGLang client against a real server on the CPU.
 
-Needs the engine's own environment: scripts/install_sglang_cpu.sh. One server serves all tests of this file;
+Needs the engine's own environment: sluice engines install sglang --cpu. One server serves all tests of this file;
 each test activates the weights it needs.
 """
 

@@ -12,6 +12,7 @@ import pytest
 from sluice import doctor
 from sluice.cli import run
 from sluice.doctor import GIB, Check, examine
+from sluice_engine import environments
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -71,7 +72,12 @@ def test_the_engine_is_looked_for_under_sluice_home(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("SLUICE_HOME", str(tmp_path))
     check = found("sglang", examine(tmp_path))
     assert (check.status, check.found) == ("warn", "not installed")
-    python = tmp_path / "engines" / "sglang-cpu" / "bin" / "python"
+    environment = tmp_path / "engines" / "sglang-cpu"
+    python = environment / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text("")
-    assert found("sglang", examine(tmp_path)) == Check("sglang", "ok", str(python))
+    (environment / ".sluice-engine").write_text("of an older lock")
+    move = "sluice engines install sglang --cpu"
+    assert found("sglang", examine(tmp_path)) == Check("sglang", "warn", f"outdated at {environment}", move)
+    (environment / ".sluice-engine").write_text(environments.stamp_of("cpu"))
+    assert found("sglang", examine(tmp_path)) == Check("sglang", "ok", f"ready at {environment}")

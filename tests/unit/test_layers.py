@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"rollout", "train"}),
     frozenset({"orchestrate"}),
     frozenset({"plan", "deploy", "dashboard"}),
-    frozenset({"episodes", "doctor"}),
+    frozenset({"episodes", "doctor", "engines_install"}),
     frozenset({"cli"}),
     frozenset({"__init__"}),
 )
