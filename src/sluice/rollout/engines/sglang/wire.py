@@ -11,7 +11,6 @@ import httpx
 
 from sluice.errors import EngineError
 
-
 BAD_REQUEST, SERVER_ERROR = 400, 500
 """HTTP: from the first on it is the caller's fault, from the second on the server's."""
 
