@@ -11,6 +11,7 @@ from chat_rig import renderer
 
 from sluice.rollout.chat.base import ChatMessage, ToolCall, ToolSpec
 from sluice.rollout.engines.base import Capabilities, Finish, GenerateRequest, Generation, PauseMode
+from sluice.rollout.runners.base import turn_noise
 from sluice.rollout.session import Ask, Choice, Limits, Session
 from sluice.types import (
     Author,
@@ -131,7 +132,7 @@ def make(engine: Any, *, chat: Any = CHAT, sampling: SamplingParams | None = Non
         engine=engine,
         chat=chat,
         limits=Limits(**limits),
-        noise=lambda turn: hash(("noise", turn)) & (2**64 - 1),
+        noise=turn_noise(0, "p7"),
         **settings,
     )
 

@@ -94,6 +94,7 @@ def test_the_worked_example_comes_out_of_a_session() -> None:
     class Drawing(Script):
         async def generate(self, request: GenerateRequest) -> Generation:
             turn = turns[len(self.requests)]
+            assert turn.logprobs is not None
             answer = Generation(turn.ids, turn.logprobs, turn.spans, Finish.STOP)
             self.requests.append(request)
             self.answers.append(answer)

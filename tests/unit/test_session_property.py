@@ -68,9 +68,8 @@ async def step(session: Session, client: Client, others: list[Client], action: s
         case "continue":
             client.remember(await one(session, *client.messages, tools=(ADD,)))
         case "retry":
-            for _ in range(2):
-                choice = await one(session, *client.messages, tools=(ADD,))
-            client.remember(choice)
+            await one(session, *client.messages, tools=(ADD,))
+            client.remember(await one(session, *client.messages, tools=(ADD,)))
         case "parallel":
             fellow = Client(random.Random(draw.random()), list(client.messages))
             choices = await asyncio.gather(
