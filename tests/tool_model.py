@@ -152,7 +152,7 @@ def conversation(chat: ChatRenderer, draw: random.Random, name: str) -> TrainSam
     return TrainSample(name, name, 0, np.asarray(ids, np.int32), streams)
 
 
-def teach(folder: Path, *, seed: int = 0, steps: int = 500, batch: int = 12) -> Path:
+def teach(folder: Path, *, seed: int = 0, steps: int = 400, batch: int = 12) -> Path:
     """Make the model in `folder` and return its Hugging Face folder. Ends when it answers rightly."""
     torch.set_num_threads(1)
     blank = folder / "blank"

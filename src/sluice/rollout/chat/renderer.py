@@ -126,6 +126,11 @@ class ChatRenderer:
         """Raw text as ids, nothing added; shape `[n]`."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Ids from 0 up to this one exist."""
+        return len(self._tokenizer)
+
     # Ids to text.
 
     def text(self, ids: Sequence[int] | Ids) -> str:

@@ -26,6 +26,32 @@ class UnknownSession(SessionError):  # noqa: N818 - the state is the name
     code = "session_not_found"
 
 
+class UnknownTask(SessionError):  # noqa: N818
+    """No prompt of this task or group, now or later."""
+
+    status = 404
+    code = "task_not_found"
+
+
+class BadRequest(SessionError):  # noqa: N818
+    """A body that cannot be used as it is.
+
+    Args:
+        param: the field at fault, as OpenAI names it in errors.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", param: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.param = param
+
+
+class BodyTooLarge(SessionError):  # noqa: N818
+    """More bytes than `body_bytes`."""
+
+    status = 413
+    code = "request_too_large"
+
+
 class BadKey(SessionError):  # noqa: N818
     """No key, a wrong one, or one that is not good for this."""
 
