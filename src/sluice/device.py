@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 import torch
 
 from sluice.errors import ConfigError
@@ -39,3 +42,29 @@ def platform(device: str) -> str:
     if device == "cpu":
         return "cpu"
     return "rocm" if torch.version.hip else "cuda"
+
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""Which accelerators a process sees, by their names on the host; unset: all."""
+
+
+def is_visible_to(device: str, environ: Mapping[str, str]) -> bool:
+    """Whether a process of this host with the environment `environ` sees the accelerator that is `device` here."""
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        return False
+    ours, theirs = os.environ.get(VISIBLE), environ.get(VISIBLE)
+    if ours == theirs:
+        return True
+    name = ours.split(",")[int(index or 0)] if ours else str(int(index or 0))
+    return theirs is None or name in theirs.split(",")
+
+
+def uuid(index: int) -> str:
+    """What the accelerator `index` is called in every process of this host."""
+    return str(torch.cuda.get_device_properties(index).uuid)
+
+
+def collect_shared() -> None:
+    """Free accelerator memory that was shared with other processes, once they have let go of it."""
+    torch.cuda.ipc_collect()

@@ -1,13 +1,17 @@
-"""Serialising tensors for several servers at a time."""
+"""Serialising tensors: for several servers at a time, and from an accelerator."""
 
 from __future__ import annotations
 
 import base64
+import inspect
 import threading
 
+import pytest
 import torch
+from torch.multiprocessing import reductions
 
-from sluice.rollout.engines.sglang.tensors import serialise
+from sluice import device
+from sluice.rollout.engines.sglang.tensors import DEVICE_ARGUMENT, by_uuid, serialise
 
 
 def test_threads_do_not_change_each_others_sharing_strategy() -> None:
@@ -30,3 +34,28 @@ def test_threads_do_not_change_each_others_sharing_strategy() -> None:
         thread.join(60)
     assert not wrong
     assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
+
+
+def test_an_accelerator_is_called_by_its_uuid_and_only_offered_to_servers_that_see_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    assert names[DEVICE_ARGUMENT] == "storage_device"
+    monkeypatch.setattr(device, "uuid", lambda index: f"GPU-{index}")
+    args = tuple(range(len(names)))
+    assert by_uuid(args) == (*args[:6], "GPU-6", *args[7:])
+    for ours, here, theirs, seen in (
+        (None, "cuda:0", None, True),
+        (None, "cuda:1", "0", False),
+        (None, "cuda:1", "0,1", True),
+        ("2,3", "cuda:1", "3", True),
+        ("2,3", "cuda:0", "3", False),
+        ("2", "cuda:0", None, True),
+        (None, "cpu", None, False),
+    ):
+        if ours is None:
+            monkeypatch.delenv(device.VISIBLE, raising=False)
+        else:
+            monkeypatch.setenv(device.VISIBLE, ours)
+        environ = {} if theirs is None else {device.VISIBLE: theirs}
+        assert device.is_visible_to(here, environ) is seen, (ours, here, theirs)

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 from torch import Tensor
 
+from sluice import device as devices
 from sluice.config.sglang import SGLangConfig
 from sluice.errors import CapabilityError, EngineError, WeightsError
 from sluice.rollout.engines.base import PauseMode
@@ -43,6 +44,8 @@ class Control:
         name: appears in errors and in `Capabilities`.
         api_key: bearer token; empty for none.
         model: folder of the model it serves, where known; None asks the server.
+        device: an accelerator of this process that the server sees too: tensors go there, a bucket at a time, and
+            to the server as IPC handles. `cpu` goes through shared memory.
         transport: replaces the network, for tests.
     """
 
@@ -54,6 +57,7 @@ class Control:
         name: str,
         api_key: str = "",
         model: Path | None = None,
+        device: str = "cpu",
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url = url
@@ -69,6 +73,7 @@ class Control:
         self.num_pauses = 0
         self._config = config
         self._model = model
+        self._device = device
         self._wire: Wire | None = Wire(url, api_key=api_key, seconds=config.control_seconds, transport=transport)
         self._server: Server | None = None
 
@@ -219,10 +224,13 @@ class Control:
             await self.wire.post("/end_weight_update")
 
     async def _send(self, bucket: list[tuple[str, Tensor]], extra: Mapping[str, Any]) -> None:
-        """One bucket through shared memory, which is freed on this side when the server has answered."""
-        copies = [(name, tensor.detach().clone()) for name, tensor in bucket]  # sharing moves a tensor's memory
+        """One bucket, whose memory is freed on this side when the server has answered."""
+        copies = [(name, tensor.detach().to(self._device, copy=True)) for name, tensor in bucket]
         texts = await asyncio.to_thread(serialise, copies, self.server.tp_size)
         await self.wire.post("/update_weights_from_tensor", {"serialized_named_tensors": texts, **extra})
+        if self._device != "cpu":
+            del copies
+            devices.collect_shared()
 
     async def _close_bracket(self) -> None:
         """An update that was cut short, by this client or by one before it, may have left its bracket open."""

@@ -44,7 +44,7 @@ def make_fleet(
     if sglang.urls:
         members = [_attached(url.rstrip("/"), config, key) for url in sglang.urls]
     else:
-        members = [_started(spec, config, launcher) for spec in specs(sglang)]
+        members = [_started(spec, config, launcher, device) for spec in specs(sglang)]
     return SGLangFleet(
         members,
         sglang,
@@ -55,11 +55,21 @@ def make_fleet(
     )
 
 
-def _started(spec: Spec, config: RolloutConfig, launcher: Launcher) -> Member:
+def _started(spec: Spec, config: RolloutConfig, launcher: Launcher, device: str) -> Member:
     bring: Callable[[], Awaitable[Running]] = partial(launcher.start, spec)
     group = spec.group
     shape = f"{group.tp} {group.dp} {group.ep} {group.pp} {group.args}"
-    return Member(spec.name, spec.role, shape, config.sglang, bring, owned=True, model=launcher.model)
+    shared = launcher.build != "cpu" and devices.is_visible_to(device, launcher.environment(spec))
+    return Member(
+        spec.name,
+        spec.role,
+        shape,
+        config.sglang,
+        bring,
+        owned=True,
+        model=launcher.model,
+        device=device if shared else "cpu",
+    )
 
 
 def _attached(url: str, config: RolloutConfig, key: str) -> Member:

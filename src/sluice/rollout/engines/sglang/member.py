@@ -59,6 +59,7 @@ class Member:
         shape: servers of equal shape hold equal tensors, so that their checksums can be compared.
         bring: starts it, or finds it.
         owned: started here, and started again when it is lost.
+        device: where tensors on their way to it lie; see `Control`.
         life: counts its incarnations; what was sent to an earlier one is lost.
         in_flight: requests that it is known to be busy with.
         returning: it was lost and is being brought back.
@@ -75,6 +76,7 @@ class Member:
     owned: bool
     api_key: str = ""
     model: Path | None = None
+    device: str = "cpu"
     transport: httpx.AsyncBaseTransport | None = None
     state: State = State.AWAY
     life: int = 0
@@ -113,6 +115,7 @@ class Member:
             name=self.name,
             api_key=self.api_key,
             model=self.model,
+            device=self.device,
             transport=self.transport,
         )
         server = await self._control.start()

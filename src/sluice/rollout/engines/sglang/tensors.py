@@ -1,4 +1,4 @@
-"""Named tensors for a server on the same machine: in buckets, through shared memory."""
+"""Named tensors for a server on the same machine: in buckets, through shared memory or as CUDA IPC handles."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import socket
 import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import psutil
 import torch
 import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing import reductions
 
+from sluice import device as devices
 from sluice.errors import WeightsError
 from sluice.weights.base import Published
 
@@ -54,10 +57,36 @@ def bucketed(tensors: Iterable[tuple[str, Tensor]], num_bytes: int) -> Iterator[
         yield bucket
 
 
-def serialise(bucket: list[tuple[str, Tensor]], copies: int = 1) -> list[str]:
-    """Named CPU tensors as SGLang reads them: base64 of a pickle whose storages are files in shared memory.
+class _Pickler(ForkingPickler):
+    """Pickles tensors as torch does, but calls an accelerator by its UUID.
 
-    Only torch is needed on this side. The tensors' memory moves to shared memory; it is freed when they are
+    Torch writes down its index, which means another one in a process that sees other accelerators. SGLang's
+    reader takes either (0.5.17 and 0.5.21: `sglang.srt.utils.patch_torch`).
+    """
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor) or not obj.is_cuda:
+            return NotImplemented
+        rebuild, args = reductions.reduce_tensor(obj)
+        return rebuild, by_uuid(args)
+
+
+DEVICE_ARGUMENT = 6
+"""Where `torch.multiprocessing.reductions.rebuild_cuda_tensor` takes the device."""
+
+
+def by_uuid(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of `rebuild_cuda_tensor` with the device's UUID in the place of its index."""
+    return *args[:DEVICE_ARGUMENT], devices.uuid(args[DEVICE_ARGUMENT]), *args[DEVICE_ARGUMENT + 1 :]
+
+
+def serialise(bucket: list[tuple[str, Tensor]], copies: int = 1) -> list[str]:
+    """Named tensors as SGLang reads them: base64 of a pickle that refers to their memory.
+
+    CPU tensors are files in shared memory, those of an accelerator IPC handles: valid on the same host while the
+    tensors live here, which must be until the server has answered.
+
+    Only torch is needed on this side. The memory of CPU tensors moves to shared memory; it is freed when they are
     gone here and in the reader. Torch's sharing strategy, one per process, is changed for the time of the
     call: with the usual one, passing file descriptors, the reader cannot authenticate and dies.
 
@@ -74,7 +103,7 @@ def serialise(bucket: list[tuple[str, Tensor]], copies: int = 1) -> list[str]:
             texts: list[str] = []
             for _ in range(copies):
                 buffer = io.BytesIO()
-                ForkingPickler(buffer).dump(bucket)
+                _Pickler(buffer).dump(bucket)
                 texts.append(base64.b64encode(buffer.getvalue()).decode("ascii"))
             return texts
         finally:
