@@ -2,13 +2,19 @@
 
 What it is told and what was seen with smg 1.13.0 (`tests/integration/test_router.py`):
 
-* It starts without workers, in prefill/decode mode too; they come and go over its API.
+* It starts without workers, in prefill/decode mode too; they come and go over its API. Not so `power_of_two`,
+  which is therefore given two that can never be; in prefill/decode mode the router refuses it, in its own words.
 * `manual` and `consistent_hashing` keep a value of the header `X-SMG-Routing-Key` at one worker; the response
   header `x-smg-routed-worker-id` is that worker's URL. Fields it does not know pass in both directions.
 * Liveness is ours, so its own judgements are switched off: health checks and the circuit breaker (a long pause
-  looks like death), and what newer versions add: overload protection (8 waiting requests) and wedge detection
-  (3 s without a token), each of which would move sessions away from their cache during a weight update.
-* A worker that dies under a request: it tries once more elsewhere, then answers 5xx; the fleet sends again.
+  looks like death), overload protection (8 waiting requests), wedge detection (3 s without a token) and stall
+  detection (2 s without contact), each of which would move sessions away from their cache during a weight update.
+  So is its limit of concurrent requests, by default 1,024 per core and 429 beyond.
+* A worker that dies under a request, or answers 500: it is tried elsewhere, and the key goes home afterwards. With
+  nobody else the caller gets 500 `call_upstream_connection_failed`; the fleet sends again.
+* A worker that dies in the middle of a stream: the stream goes on with an event that has `error.type`
+  `stream_error`, and ends with `[DONE]` as if all were well. The event is what tells.
+* A removed worker finishes what it runs. A killed router takes its streams along; another one may have its port.
 
 The older `sglang-router` is refused: it drops what it does not know from requests, silently.
 """
@@ -16,6 +22,7 @@ The older `sglang-router` is refused: it drops what it does not know from reques
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +40,8 @@ from sluice.rollout.process import ManagedProcess, flags, reserve_port, start_on
 HOST = "127.0.0.1"
 NEVER_SECONDS = 30 * 24 * 3600
 """For its deadlines, all of which are ours."""
+NOBODY = ["http://127.0.0.1:0", "http://127.0.0.2:0"]
+"""Workers that can never be: `power_of_two` does not start with fewer than two. They are not registered."""
 POLL_SECONDS = 0.1
 _PROBE = (
     "import importlib.metadata as m\n"
@@ -102,10 +111,13 @@ class Router:
             "disable-circuit-breaker": True,
             "disable-worker-overload-protection": True,
             "worker-wedge-secs": NEVER_SECONDS,
+            "worker-stall-secs": NEVER_SECONDS,
             "request-timeout-secs": NEVER_SECONDS,
             "retry-max-retries": 2,
-            "max-concurrent-requests": -1,
+            "max-concurrent-requests": 0,
             "worker-startup-check-interval": 1,
+            "worker-startup-timeout-secs": math.ceil(config.start_seconds),
+            "worker-urls": NOBODY if config.policy == "power_of_two" and not self._pd else None,
             "shutdown-grace-period-secs": 1,
             "log-level": "warn",
         }
