@@ -14,7 +14,7 @@ from sluice.config.sglang import EngineGroup, Flag, SGLangConfig
 from sluice.errors import ConfigError, EngineError
 from sluice.rollout.engines.sglang.member import Running
 from sluice.rollout.process import ManagedProcess, flags, reserve_port, start_on_port
-from sluice_engine import cpu
+from sluice_engine import cpu, environments
 
 HOST = "127.0.0.1"
 """Servers that we start are for this machine: the router, or this process, is what others talk to."""
@@ -103,8 +103,7 @@ class Launcher:
                     hint="name the interpreter of an environment that holds SGLang",
                 )
             return self.config.python
-        home = Path(os.environ.get("SLUICE_HOME") or Path.home() / ".cache" / "sluice")
-        python = home / "engines" / f"sglang-{self.build}" / "bin" / "python"
+        python = environments.python_in(environments.folder(self.build))
         if not python.exists():
             raise EngineError(
                 f"there is no SGLang at {python}",
