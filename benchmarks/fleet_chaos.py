@@ -43,7 +43,8 @@ from sluice.models.build import load_model, load_tokenizer
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
 from sluice.rollout.engines.sglang.make import make_fleet
-from sluice.rollout.gateway import Gateway, Lease
+from sluice.rollout.gateway.desk import Lease
+from sluice.rollout.gateway.server import Gateway
 from sluice.rollout.runners.base import turn_noise
 from sluice.rollout.session import Limits
 from sluice.types import Author, Episode, Prompt, SamplingParams, Version
@@ -223,9 +224,7 @@ def verify(happened: Happened) -> dict[str, Any]:
         assert [segment.fork for segment in episode.segments] == [None], f"{name} has {len(episode.segments)} segments"
         assert recorded == shown, f"{name}: {len(recorded)} turns recorded, {len(shown)} shown, or other tokens"
         for context, tokens in contexts(episode):
-            assert drawn(happened.logged, context, tokens), (
-                f"{name}: a turn is in no engine's log"
-            )
+            assert drawn(happened.logged, context, tokens), f"{name}: a turn is in no engine's log"
     furthest, versions, mixed = compare(happened)
     assert furthest <= TOLERANCE, f"a log-prob is {furthest:.2g} from that of the recorded version and context"
     turns = happened.seen.calls

@@ -41,7 +41,8 @@ from sluice.rollout.chat.base import ChatMessage
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.engines.base import Capabilities, Engine, Finish, GenerateRequest, Generation, PauseMode
 from sluice.rollout.engines.sglang.make import make_fleet
-from sluice.rollout.gateway import Gateway, Lease
+from sluice.rollout.gateway.desk import Lease
+from sluice.rollout.gateway.server import Gateway
 from sluice.rollout.process import ManagedProcess, start_on_port
 from sluice.rollout.router import Router
 from sluice.rollout.runners.base import turn_noise
