@@ -156,6 +156,49 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a Hugging Face model.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings: rollout.sampling.temperature=0.7"),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="embedded (the default), sglang, or the URL of a running SGLang server."),
+    ] = None,
+    engines: Annotated[int | None, typer.Option("--engines", min=1, help="SGLang servers to start.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="Port of the gateway. Default: a free one.")
+    ] = None,
+    chat_format: Annotated[
+        str | None, typer.Option("--format", help="Tool calls and reasoning: auto, none, qwen, hermes, llama ...")
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--folder", metavar="FOLDER", help="Where the log goes; `sluice episodes` prints it.")
+    ] = Path("runs/serve"),
+    open_session: Annotated[
+        bool, typer.Option("--open-session", help="Open a session at once and print what a client needs.")
+    ] = False,
+) -> None:
+    """Serve a model to any OpenAI or Anthropic client and record what is sampled, token for token."""
+    if engines is not None and engine != "sglang":
+        raise ConfigError(f"--engines {engines} starts SGLang servers", hint="add --engine sglang")
+    from sluice.config.load import load_rollout
+
+    given = {"engine": engine, "sglang.groups.0.engines": engines, "gateway.port": port, "chat.format": chat_format}
+    names = {"sglang.groups.0.engines": "--engines", "gateway.port": "--port", "chat.format": "--format"}
+    flags: dict[str, tuple[str, object]] = {
+        key: (f"{names.get(key, '--engine')} {value}", value) for key, value in given.items() if value is not None
+    }
+    config = load_rollout(overrides or (), flags=flags)
+    import asyncio
+
+    from sluice.orchestrate.serve import serve as run_server
+
+    asyncio.run(run_server(model, config, folder, open_session=open_session, tell=typer.echo))
+
+
+@app.command()
 def episodes(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, or its name under runs/.")],
     step: Annotated[
