@@ -60,12 +60,15 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         "greedy": [[row["step"], row["eval/greedy"]] for row in rows if row.get("eval/greedy") is not None],
     }
     curve["held_out"].insert(0, [0, summary.eval_before])
+    if summary.greedy_before is not None:
+        curve["greedy"].insert(0, [0, summary.greedy_before])
     phases: dict[str, list[float]] = {}
     for row in rows[1:]:  # the first step also warms up
         for name, value in row.items():
             if name.startswith("time/") and value is not None:
                 phases.setdefault(name.removeprefix("time/"), []).append(float(value))
     result = {
+        "run": config.name,
         "held_out_before": summary.eval_before,
         "held_out_after": summary.eval_after,
         "greedy_before": summary.greedy_before,
@@ -326,7 +329,7 @@ def recipe(arguments: argparse.Namespace, changes: dict[str, Any] | None = None)
             "model": {"scratch": {"architecture": {"max_position_embeddings": 512}}},
             "steps": 2,
         }
-        return tiny(arguments.runs / "tiny", **merge(smoke, changes))
+        return tiny(arguments.runs / "questions", **merge(smoke, changes))
     config = load_recipe(arguments.recipe, arguments.set)
     return RunConfig.model_validate(merge(config.model_dump(mode="json", exclude_unset=True), changes))
 
@@ -358,7 +361,8 @@ def main() -> None:
     shutil.rmtree(arguments.runs, ignore_errors=True)
     found = COMMANDS[arguments.command](arguments)
     result = {"command": command_line("gpu_sglang"), **machine(), **found}
-    report(result, arguments.out / f"sglang-{arguments.command}.json" if arguments.out else None)
+    name = found.get("run", f"sglang-{arguments.command}")
+    report(result, arguments.out / f"{name}.json" if arguments.out else None)
 
 
 if __name__ == "__main__":
