@@ -86,6 +86,7 @@ class FakeServer:
     checksum: str = ""
     dies_at: str = ""
     waits_at: str = ""
+    lingers: bool = False
     proceed: asyncio.Event = field(default_factory=asyncio.Event)
     die: Callable[[], None] = lambda: None
     pace: int = 2
@@ -124,6 +125,8 @@ class FakeServer:
             if self.refuses:
                 return httpx.Response(400, json={"success": False, "message": "no such folder"})
             self.label = body["weight_version"]
+            if self.lingers:
+                await self.proceed.wait()
         if path == "/generate":
             return await self.generate(body)
         return httpx.Response(200, json={"success": True})

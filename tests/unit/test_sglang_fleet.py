@@ -248,6 +248,36 @@ def test_a_death_in_the_middle_of_an_update_is_not_the_end_of_the_run() -> None:
     with_fleet("a")(body)
 
 
+def test_a_server_that_is_ahead_of_its_update_is_not_taken_for_a_stranger() -> None:
+    async def body(world: World) -> None:
+        await served(world)
+        a = world.server("a")
+        a.lingers = True
+        update = asyncio.create_task(world.fleet.apply(Published(Version(1))))
+        await until(lambda: a.label == Published(Version(1)).label)
+        looks = len(a.named("/model_info"))
+        await until(lambda: len(a.named("/model_info")) >= looks + 3)
+        a.proceed.set()
+        await update
+        assert not [line for line in world.lines if "lost" in line]
+        assert world.fleet.version == Version(1)
+
+    with_fleet("a")(body)
+
+
+def test_a_prefill_server_that_dies_in_an_update_comes_back_to_its_decode_server() -> None:
+    async def body(world: World) -> None:
+        await served(world)
+        p = world.server("p")
+        p.dies_at, p.die = "/update_weights_from_disk", lambda: world.kill("p")
+        await world.fleet.apply(Published(Version(1)))
+        assert world.fleet.version == Version(1)
+        assert sorted(world.router.workers) == ["http://d:1", "http://p:2"]
+        assert (await world.fleet.generate(request())).finish is Finish.LENGTH
+
+    with_fleet("p", "d", roles=("prefill", "decode"))(body)
+
+
 def test_a_pause_holds_requests_and_a_server_that_comes_back_meanwhile_stays_paused() -> None:
     async def body(world: World) -> None:
         await served(world)

@@ -69,6 +69,8 @@ class Control:
         self.manifest: Manifest | None = None
         self.versions: dict[str, Version] = {}
         """By label, all that were applied here."""
+        self.updating = False
+        """A load is under way: the server's own name of its weights may be ahead of `label`."""
         self.held: PauseMode | None = None
         self.num_pauses = 0
         self._config = config
@@ -178,6 +180,7 @@ class Control:
         manifest = published.manifest
         # the checksum tells this version from one of the same name that another run left at the server
         label = f"{manifest.version}+{manifest.checksum[:16]}"
+        self.updating = True
         try:
             self._refuse_if_reshaped(manifest)
             if self.unroutable:
@@ -197,9 +200,12 @@ class Control:
                     f"{self.name} did not take version {manifest.version}: {error}", hint=error.hint
                 ) from error
             raise
-        self.manifest, self.label = manifest, label
-        self.versions[label] = manifest.version
-        self.unroutable = ""
+        else:
+            self.manifest, self.label = manifest, label
+            self.versions[label] = manifest.version
+            self.unroutable = ""
+        finally:
+            self.updating = False
 
     async def _load_folder(self, published: Published, label: str) -> None:
         folder = await asyncio.to_thread(published.folder)

@@ -86,7 +86,8 @@ async def look(member: Member) -> str:
         member.misses += 1
         return f"it did not answer {member.misses} times in a row: {error.args[0]}" if member.misses >= MISSES else ""
     member.misses = 0
-    if member.state is State.SERVING and control.label == expected != label:
+    settled = not control.updating and control.label == expected
+    if member.state is State.SERVING and settled and label != expected:
         return f"it serves weights called {label!r}, not {expected!r}: it was restarted, or somebody else updates it"
     return ""
 

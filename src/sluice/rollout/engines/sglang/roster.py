@@ -14,7 +14,7 @@ import httpx
 from sluice.errors import EngineError, WeightsError
 from sluice.rollout.engines.base import PauseMode
 from sluice.rollout.engines.sglang.member import Member, State, Unit, units
-from sluice.rollout.engines.sglang.wire import Wire
+from sluice.rollout.engines.sglang.wire import LostError, Wire
 from sluice.weights.base import Published
 
 Fault = EngineError | WeightsError
@@ -134,27 +134,33 @@ class Roster:
         for member in present:
             member.control.refuse_mode(mode)
         self.mode = mode
+        lives = [member.life for member in present]
         faults = await faults_of([member.control.hold(mode) for member in present])
-        await self._drop(present, faults)
+        await self._drop(present, lives, faults)
 
     async def resume(self) -> None:
         self.mode = None
         serving = [member for member in self.members if member.state is State.SERVING]
-        await self._drop(serving, await faults_of([member.control.let_go() for member in serving]))
+        lives = [member.life for member in serving]
+        await self._drop(serving, lives, await faults_of([member.control.let_go() for member in serving]))
 
     # ── weights ─────────────────────────────────────────────────────────────────────────────────────────
 
     async def swap(self, unit: Unit, members: Sequence[Member], published: Published) -> list[Fault]:
-        """Hold, load and let go members of a unit. Returns what went wrong; all of them are out of routing then."""
-        faults: list[Fault | None] = []
-        for _ in range(2):
+        """Hold, load and let go members of a unit. Returns what went wrong.
+
+        A version that is refused, twice, takes all of them out of routing; a death only the dead one: the others
+        have the version, and nobody serves another.
+        """
+        lives = [member.life for member in members]
+        faults = await faults_of([self._load(member, published) for member in members])
+        if any(isinstance(fault, WeightsError) for fault in faults):
             faults = await faults_of([self._load(member, published) for member in members])
-            if not any(faults):
-                break
-        if not any(faults):
-            faults = await faults_of([self._let_serve(member) for member in members])
-        if any(faults):
-            await self._drop(members, faults, together=True)
+        if not any(isinstance(fault, WeightsError) for fault in faults):
+            rows = zip(members, lives, faults, strict=True)
+            faults = await faults_of([self._let_serve(member, life, fault) for member, life, fault in rows])
+        together = any(isinstance(fault, WeightsError) for fault in faults)
+        await self._drop(members, lives, faults, together=together)
         return [fault for fault in faults if fault]
 
     async def _load(self, member: Member, published: Published) -> None:
@@ -163,7 +169,11 @@ class Roster:
         if member.state is not State.SERVING:
             await self._compare(member)
 
-    async def _let_serve(self, member: Member) -> None:
+    async def _let_serve(self, member: Member, life: int, fault: Fault | None) -> None:
+        if fault is not None:
+            raise fault
+        if member.life != life or member.state is State.AWAY:
+            raise LostError(f"{member.name} was lost while it took a version")
         if self.mode is None:
             await member.control.let_go()
         if member.state is not State.SERVING:
@@ -185,15 +195,19 @@ class Roster:
                 )
             return
 
-    async def _drop(self, members: Sequence[Member], faults: Sequence[Fault | None], *, together: bool = False) -> None:
+    async def _drop(
+        self, members: Sequence[Member], lives: Sequence[int], faults: Sequence[Fault | None], *, together: bool = False
+    ) -> None:
         """Take out those with a fault, or all. Who did not answer is away: its keeper brings it back."""
-        for member, fault in zip(members, faults, strict=True):
+        for member, life, fault in zip(members, lives, faults, strict=True):
             if fault is not None:
                 self._tell(f"{member.name}: out of routing: {said(fault)}")
+            if member.life != life:
+                continue  # lost meanwhile, and another life has begun
             if fault is not None and not isinstance(fault, WeightsError):
                 await self.unroute(member, State.AWAY)
                 member.doubted.set()
-            elif fault is not None or together:
+            elif (fault is not None or together) and member.state is not State.AWAY:
                 await self.unroute(member, State.STALE)
 
 
