@@ -143,9 +143,9 @@ def owner() -> dict[str, str]:
     return bearer(OWNER)
 
 
-def make_rig(chat: ChatRenderer, **config: Any) -> Rig:
+def make_rig(chat: ChatRenderer, engine: ScriptedEngine | None = None, **config: Any) -> Rig:
     """A gateway that listens nowhere: the client calls the application. OWNER must be in SLUICE_OWNER_KEY."""
-    engine, desk = ScriptedEngine(chat), SumDesk()
+    engine, desk = engine or ScriptedEngine(chat), SumDesk()
     gateway = Gateway(GatewayConfig(**config), engine=engine, chat=chat, limits=Limits(2048), desk=desk)
     gateway.name_url("http://test")
     transport = httpx.ASGITransport(app=gateway.app, raise_app_exceptions=False)

@@ -100,7 +100,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     if not raw.strip():
         raise BadRequest("the body is empty", hint="send a JSON object")
     try:
-        value: Any = json.loads(raw, parse_constant=_no_constant)
+        value: Any = json.loads(raw.decode(), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except RecursionError:

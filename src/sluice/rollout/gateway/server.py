@@ -63,6 +63,7 @@ class Gateway:
         book: the sessions.
         owner: the owner's key.
         responses: HTTP answers by route group and status.
+        port: it listens on; 0 before it does.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Gateway:
         self._server: _Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._url = ""
+        self.port = 0
 
     # The server.
 
@@ -131,6 +133,7 @@ class Gateway:
             raise EngineError(f"the gateway's server ended at once: {serving.exception()}")
         shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))
         self._url = self._url or f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+        self.port = port
         self._server = server
         self._tasks = [serving, asyncio.create_task(self._sweep(), name="gateway idle sessions")]
 
