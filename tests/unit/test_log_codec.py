@@ -43,6 +43,7 @@ from sluice.types import (
     Outcome,
     Prompt,
     Reward,
+    Routes,
     SamplingParams,
     Segment,
     Turn,
@@ -107,6 +108,10 @@ versions = st.builds(Version, st.integers(0, 1 << 40), st.integers(0, 9))
 token_ids = st.lists(st.integers(-(1 << 31), (1 << 31) - 1), max_size=12)
 
 
+experts = st.lists(st.integers(0, 511), max_size=4).map(lambda row: np.array(row * 6, np.int16))
+routes = st.builds(Routes, st.integers(0, 1 << 20), st.just(3), st.just(2), experts)
+
+
 @st.composite
 def sampled_turns(draw: st.DrawFn) -> Turn:
     ids = np.array(draw(token_ids), np.int32)
@@ -116,7 +121,9 @@ def sampled_turns(draw: st.DrawFn) -> Turn:
     edges = [0, *cuts, n] if n else []
     spans = tuple(VersionSpan(a, b, draw(versions)) for a, b in pairwise(edges))
     cut_off = draw(st.none() | logprobs)
-    return Turn(Author.SAMPLED, ids, draw(logprobs), spans, draw(samplings), draw(text), cut_off)
+    return Turn(
+        Author.SAMPLED, ids, draw(logprobs), spans, draw(samplings), draw(text), cut_off, draw(st.none() | routes)
+    )
 
 
 @st.composite

@@ -39,11 +39,13 @@ class SingleTurn:
         ids = self._ids(request.prompt, sampling.max_new_tokens)
         room = self._context_length - len(ids)
         limited = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        generation = await self._engine.generate(
-            GenerateRequest(
-                request.id, ids, limited, request.noise(""), routing_key=request.id, routes_from=self._routes_from
-            )
+        ask = GenerateRequest(
+            request.id, ids, limited, request.noise(""), routing_key=request.id, routes_from=self._routes_from
         )
+        try:
+            generation = await self._engine.generate(ask)
+        finally:
+            await self._engine.release(request.id)
         turns = (observed(ids), sampled_turn(generation, limited))
         outcome = OUTCOMES[generation.finish]
         return Episode(request.id, request.group_id, request.prompt, (Segment(turns),), outcome)
