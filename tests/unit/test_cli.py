@@ -19,7 +19,7 @@ from sluice.errors import EngineError, RewardError
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = (
     "", "train", "sft", "eval", "generate", "episodes", "doctor", "config", "config show", "config schema",
-    "models", "models fetch", "engines", "engines install", "engines list",
+    "serve", "models", "models fetch", "engines", "engines install", "engines list",
 )  # fmt: skip
 RECIPE = """
 name = "small"
