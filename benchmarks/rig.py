@@ -88,6 +88,7 @@ def say(line: str) -> None:
 def machine() -> dict[str, Any]:
     """What a result was measured on."""
     found: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    found["load_average"] = round(os.getloadavg()[0], 1)
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     found["versions"] = {"python": platform.python_version()}

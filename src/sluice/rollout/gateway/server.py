@@ -141,7 +141,11 @@ class Gateway:
         host, port = self.config.host, self.config.port
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            return socket.create_server((host, port), family=family, backlog=2048)
+            listening = socket.create_server((host, port), family=family, backlog=2048)
+            # inherited by connections; asyncio leaves it off for sockets made without a protocol number, and an
+            # answer, whose headers and body are two packets, would wait 40 ms for the client's delayed ACK
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return listening
         except OSError as error:
             raise ConfigError(
                 f"the gateway cannot listen on {host} port {port}: {error.strerror or error}",
