@@ -7,6 +7,7 @@ each test activates the weights it needs.
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -300,7 +301,7 @@ def test_every_version_is_served_whole(server: Server, weights: Weights, config:
                 check(weights, await engine.generate(request("r", SHORT)), Version(step))
 
     asyncio.run(main())
-    left = [path for path in Path("/dev/shm").glob("torch_*") if path.stat().st_size]
+    left = [path for path in Path("/dev/shm").glob(f"torch_{os.getpid()}_*") if path.stat().st_size]
     assert not left
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import inspect
+import os
+import pickle
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ def test_threads_do_not_change_each_others_sharing_strategy() -> None:
     """A reader of another process can open files in shared memory; with file descriptors it would need our key."""
     start = threading.Barrier(8)
     wrong: list[str] = []
+    lock = threading.Lock()
 
     def one(number: int) -> None:
         start.wait(10)
@@ -26,6 +31,8 @@ def test_threads_do_not_change_each_others_sharing_strategy() -> None:
             pickled = base64.b64decode(serialise(bucket)[0])
             if b"rebuild_storage_fd" in pickled or b"rebuild_storage_filename" not in pickled:
                 wrong.append(f"thread {number}")
+            with lock:  # a reader frees the memory; unread, it would stay when this process has ended
+                pickle.loads(pickled)
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -34,6 +41,8 @@ def test_threads_do_not_change_each_others_sharing_strategy() -> None:
         thread.join(60)
     assert not wrong
     assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
+    gc.collect()
+    assert not list(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
 
 
 def test_an_accelerator_is_called_by_its_uuid_and_only_offered_to_servers_that_see_it(
