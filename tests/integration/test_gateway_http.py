@@ -353,6 +353,45 @@ def test_a_client_that_leaves_ends_its_generation(chat: ChatRenderer, stream: bo
     play(chat, scene)
 
 
+def test_a_reader_that_never_reads_blocks_nobody(chat: ChatRenderer) -> None:
+    """The application is called as a server would call it; the client's buffers are full from the first byte on."""
+
+    async def scene(rig: Rig) -> None:
+        slow, slow_key = await rig.open()
+        _, key = await rig.open()
+        stuck = asyncio.Event()
+
+        async def send(message: Any) -> None:
+            stuck.set()
+            await asyncio.Event().wait()
+
+        body = [{"type": "http.request", "body": json.dumps({"messages": [USER], "stream": True}).encode()}]
+        left = asyncio.Event()
+
+        async def receive() -> Any:
+            if body:
+                return body.pop()
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+            "path": CHAT, "raw_path": CHAT.encode(), "root_path": "", "query_string": b"",
+            "headers": [(name.encode(), value.encode()) for name, value in slow_key.items()],
+        }  # fmt: skip
+        rig.engine.script = ["say 1 2 3 4 5 6 7 8 9"]
+        call = asyncio.create_task(rig.gateway.app(scope, receive, send))  # pyright: ignore[reportArgumentType]
+        await stuck.wait()
+        assert (await rig.http.post(CHAT, json={"messages": [USER]}, headers=key)).status_code == 200
+        session = rig.gateway.book.by_id(slow).session
+        await until(lambda: not session.in_flight)  # the answer does not wait for its reader
+        assert session.counters()["turns"] == 1
+        left.set()
+        await call
+
+    play(chat, scene)
+
+
 def test_a_port_that_is_taken(chat: ChatRenderer) -> None:
     async def scene() -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:

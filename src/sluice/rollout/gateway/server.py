@@ -35,6 +35,8 @@ from sluice.types import Episode, Outcome
 _LOG = logging.getLogger(__name__)
 _START_SECONDS = 30.0
 _STOP_SECONDS = 10
+_KEEP_ALIVE_SECONDS = 120
+"""An agent's tool may run this long between two calls on one connection."""
 _SWEEP_SECONDS = 5.0
 """Longest time between two looks at idle sessions."""
 
@@ -117,8 +119,8 @@ class Gateway:
         host, port = listening.getsockname()[:2]
         server = _Server(
             uvicorn.Config(
-                self.app, log_level="error", access_log=False, lifespan="off", server_header=False,
-                timeout_graceful_shutdown=_STOP_SECONDS,
+                self.app, log_config=None, log_level="critical", access_log=False, lifespan="off", ws="none",
+                server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=_STOP_SECONDS,
             )
         )  # fmt: skip
         serving = asyncio.create_task(server.serve(sockets=[listening]), name="gateway")
@@ -136,6 +138,8 @@ class Gateway:
         self.port = port
         self._server = server
         self._tasks = [serving, asyncio.create_task(self._sweep(), name="gateway idle sessions")]
+        for task in self._tasks:
+            task.add_done_callback(_tell_fault)
 
     def _listen(self) -> socket.socket:
         host, port = self.config.host, self.config.port
@@ -253,3 +257,11 @@ class Gateway:
                 "session %s: a history came back that is not the recorded one; it was forked or refused",
                 entry.session.id,
             )
+
+
+def _tell_fault(task: asyncio.Task[None]) -> None:
+    """A task of the gateway does not die quietly."""
+    if not task.cancelled() and (fault := task.exception()) is not None:
+        _LOG.error(
+            "%s: ended by a fault; agents are served no longer as they should be", task.get_name(), exc_info=fault
+        )
