@@ -43,6 +43,7 @@ from sluice.orchestrate.setup import (
 )
 from sluice.orchestrate.warm_start import fine_tune
 from sluice.rewards.rubric import Rubric
+from sluice.rollout.engines.sglang import SGLangFleet
 from sluice.train.backends.torch import TorchTrainer
 from sluice.types import Version
 from sluice.weights.lineage import Lineage
@@ -122,6 +123,7 @@ class InlineRun:
                 trainer=trainer, algorithm=algorithm, buffer=buffer, gate=gate, lineage=lineage,
                 store=WeightStore(folder / "weights", start, lineage),
                 checkpoints=checkpoints, journal=journal, sinks=sinks, view=self._view, timer=self._timer,
+                figures=engine.figures if isinstance(engine, SGLangFleet) else dict,
             )  # fmt: skip
             return await self._drive(Loop(config, parts, progress), parts, fresh=checkpoint is None)
 

@@ -12,7 +12,8 @@ version after a recompute. Inline, the trainer's step blocks the event loop: lag
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +35,7 @@ from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.producer import Producer
 from sluice.train.base import StepStats, Trainer
 from sluice.train.packing import make_batch
-from sluice.types import Group, Outcome, Scored, TrainSample, Version
+from sluice.types import Episode, Group, Outcome, Scored, TrainSample, Version
 from sluice.weights.base import Sink
 from sluice.weights.lineage import Lineage
 from sluice.weights.store import WeightStore, activate
@@ -74,6 +75,7 @@ class Parts:
     sinks: Sequence[MetricSink]
     view: View
     timer: PhaseTimer
+    figures: Callable[[], Mapping[str, float]]
 
 
 class Loop:
@@ -304,6 +306,7 @@ class Loop:
         metrics["speed/rollout_tokens_per_second"] = progress.rollout_tokens / seconds[0]
         metrics["speed/train_tokens_per_second"] = progress.trained_tokens / seconds[1]
         metrics |= {f"time/{name}": value for name, value in parts.timer.lap().items()}
+        metrics |= parts.figures()
         for sink in parts.sinks:
             sink.write(progress.batch, metrics)
         parts.view.step(progress.batch, metrics)
@@ -339,13 +342,21 @@ def disposition(member: Scored, verdict: Judgement, step: int) -> DispositionRec
     return DispositionRecord(episode.id, episode.group_id, kind, step, reason, verdict.masked_tokens)
 
 
+def session_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """What sessions counted, summed over a batch: turns, segments, forks, mismatches, malformed calls."""
+    total: Counter[str] = Counter()
+    for episode in episodes:
+        total.update(episode.info.get("counters", {}))
+    return {f"session/{name}": float(count) for name, count in sorted(total.items())}
+
+
 def rollout_metrics(groups: Sequence[Group], dropped: Sequence[Dropped]) -> dict[str, float]:
     """Rewards, lengths, outcomes and drops of one batch."""
     members = [member for group in groups for member in group.members]
     valid = [member for member in members if member.reward is not None]
     totals = [member.reward.total for member in valid if member.reward is not None]
     seen = totals + [float(r) for drop in dropped for r in drop.group.rewards]
-    metrics = {
+    metrics = session_metrics([member.episode for member in members]) | {
         "reward/mean": float(np.mean(totals)) if totals else 0.0,
         "reward/std": float(np.std(totals)) if totals else 0.0,
         "reward/mean_with_dropped": float(np.mean(seen)) if seen else 0.0,
