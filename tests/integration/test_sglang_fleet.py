@@ -47,7 +47,6 @@ MOE = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 64,
     "norm_topk_prob": True,
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,  # SGLang's Qwen3-MoE has a head of its own, whatever the config says
