@@ -10,6 +10,7 @@ from typing import Any, cast
 import httpx
 
 from sluice.errors import EngineError
+from sluice.rollout.engines.sglang.lanes import Lanes
 
 BAD_REQUEST, SERVER_ERROR = 400, 500
 """HTTP: from the first on it is the caller's fault, from the second on the server's."""
@@ -54,8 +55,7 @@ class Wire:
             base_url=url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=None,  # ours are over whole calls; httpx only knows the time between two bytes
-            limits=httpx.Limits(max_connections=None),  # a pause must not queue behind generations
-            transport=transport,
+            transport=transport or Lanes(),  # unbounded: a pause must not queue behind generations
         )
 
     async def get(self, path: str, *, seconds: float | None = None) -> dict[str, Any]:
