@@ -8,11 +8,11 @@ import pytest
 
 from sluice.rollout.chat.base import ChatMessage, Delta, ToolCall
 from sluice.rollout.gateway import anthropic, openai_chat, openai_responses
-from sluice.rollout.gateway.anthropic import _Blocks
 from sluice.rollout.gateway.body import parse
 from sluice.rollout.gateway.book import Link
 from sluice.rollout.gateway.errors import BadRequest
 from sluice.rollout.gateway.keys import OwnerKey, digest, new_session_key, presented
+from sluice.rollout.gateway.messaging import _Blocks
 from sluice.rollout.gateway.problems import shaped
 from sluice.rollout.gateway.responding import _Items
 from sluice.rollout.gateway.stream import Feed, Piece

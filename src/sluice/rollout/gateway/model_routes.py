@@ -18,6 +18,7 @@ from sluice.rollout.gateway.book import Entry, Link
 from sluice.rollout.gateway.completions import Completing, CompletionRequest
 from sluice.rollout.gateway.documents import CALLING, answers, reads
 from sluice.rollout.gateway.errors import BadRequest
+from sluice.rollout.gateway.messaging import Messaging
 from sluice.rollout.gateway.responding import Responding
 from sluice.rollout.gateway.stream import Call, Choices, EventStream, Stream, failed_event, whole
 from sluice.rollout.session import Ask
@@ -184,7 +185,7 @@ def _messages(gateway: Gateway, routes: APIRouter) -> None:
         entry = session_of(gateway, request)
         body = await read(request, anthropic.MessagesRequest)
         call = _caller(entry, anthropic.ask(body))
-        messaging = anthropic.Messaging(new_id("msg_"), body.model or gateway.policy, body, gateway.chat)
+        messaging = Messaging(new_id("msg_"), body.model or gateway.policy, body, gateway.chat)
         return await _serve(
             gateway, request, entry, call,
             streamed=body.stream, full=messaging.whole, events=messaging.events, error_event="error",
