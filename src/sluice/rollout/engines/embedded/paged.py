@@ -7,16 +7,16 @@ an implementation that has no mask function registered, and needs none.
 
 Every query token, of a prompt or just drawn, alone or among 256, goes through the same sequence of
 products, so that one code path serves prefill, decode, prefix reuse and recomputation. That they agree **bit
-for bit** rests on what was measured on the CPU (torch 2.13 with MKL, AVX-512, one thread, float32, and
-likewise bfloat16, where every shape agreed):
+for bit** rests on what was measured on two CPUs (torch 2.13 with MKL, AVX-512 and AVX2, one thread, float32;
+with AVX-512 likewise bfloat16, where every shape agreed):
 
 * a row of `X @ W` does not depend on the number of rows, once there are at least 16 (below, MKL takes other
   kernels: for 128 columns 1..5 rows differ, for 384 and more 1..15 do). So the tokens of a forward pass and
   the rows of the language-model head are padded to multiples of `ROWS`;
 * batched products of queries and keys agree from 2 rows a matrix for head sizes up to 32, 3 for 64 and 5 for
-  128. So the queries of a tile are padded to `head_dim / 16` rows, at least 2;
-* batched products of probabilities and values do not change when zeros are appended, up to 384 keys; at 512
-  MKL splits the sum otherwise. So values are multiplied in pieces of `PIECE` keys and added in order;
+  128 with AVX-512, from 4 with AVX2. So the queries of a tile are padded to `head_dim / 16` rows, at least 4;
+* batched products of probabilities and values do not change when zeros are appended, up to 384 keys with
+  AVX-512, 192 with AVX2; beyond, MKL splits the sum otherwise. So values are multiplied in pieces of `PIECE` keys and added in order;
 * softmax over keys, log-softmax over the vocabulary and RMS norms do not depend on appended masked keys (in
   multiples of 16) or on the number of rows.
 
@@ -50,7 +50,7 @@ TILE = 64
 """Most query tokens of one sequence that attend together."""
 SHORT = 64
 """Sequences up to this many tokens are padded to one length; beyond, to the next power of two at most."""
-PIECE = 256
+PIECE = 192
 """Keys whose probabilities × values are summed in one product."""
 GROUP_ELEMENTS = 1 << 23
 """Most scores, and most gathered keys and values, that are held at once (float32)."""
@@ -131,7 +131,7 @@ class ForwardContext:
 
 def query_rows(head_dim: int, group: int) -> int:
     """Least queries of a tile, so that its `group` heads fill enough rows of a product."""
-    return -(-max(2, head_dim // 16) // group)
+    return -(-max(4, head_dim // 16) // group)
 
 
 def plan_tiles(
