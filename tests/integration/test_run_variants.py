@@ -12,7 +12,7 @@ from tests.tiny import tiny
 from sluice.log import ACCOUNTED, LogReader, account
 from sluice.obs.metrics import read_metrics
 from sluice.orchestrate import api
-from sluice.orchestrate.setup import initial_model
+from sluice.orchestrate.setup import initial_model, load_data
 
 OWN = '''
 class Always:
@@ -158,9 +158,11 @@ def test_sft_alone_evaluate_and_generate(tmp_path: Path) -> None:
     before = api.evaluate(judged, model=initial_model(judged, tmp_path / "init"))
     after = api.evaluate(judged, model=model)
     assert before["accuracy"] < 0.3
-    answers = api.generate(model, ["3+4=", "2+2="], n=3, seed=1)
+    known = load_data(config.data, seed=config.seed).train[:2]
+    asked = [prompt.messages[-1].content for prompt in known]
+    answers = api.generate(model, asked, n=3, seed=1)
     assert [len(each) for each in answers] == [3, 3]
-    assert answers == api.generate(model, ["3+4=", "2+2="], n=3, seed=1)
-    trained = [answer for each in answers for answer in each]
-    assert sum(answer in ("7", "4") for answer in trained) >= 4, "150 steps teach these sums by heart"
+    assert answers == api.generate(model, asked, n=3, seed=1)
+    right = [answer == prompt.answer for prompt, each in zip(known, answers, strict=True) for answer in each]
+    assert sum(right) >= 4, "150 steps teach the sums that were demonstrated by heart"
     assert after["counted"] == 8
