@@ -39,6 +39,7 @@ class ScriptedEngine:
         script: texts to say; when it is empty, `= 7`.
         hold: while it is clear, nothing is said after the first token.
         fault: raised in place of the next answers.
+        released: routing keys that ended, in order.
     """
 
     name = "scripted"
@@ -52,6 +53,7 @@ class ScriptedEngine:
         self.fault: Exception | None = None
         self.running: set[str] = set()
         self.cancelled: list[str] = []
+        self.released: list[str] = []
 
     async def start(self) -> Capabilities:
         return Capabilities("scripted", "1", 2048)
@@ -89,6 +91,9 @@ class ScriptedEngine:
 
     async def resume(self) -> None:
         return
+
+    async def release(self, routing_key: str) -> None:
+        self.released.append(routing_key)
 
     async def close(self) -> None:
         return

@@ -76,6 +76,7 @@ def test_a_session_from_opening_to_the_desk(chat: ChatRenderer) -> None:
         rewarded = await rig.http.post(f"/sessions/{id}/reward", json={"rewards": {"exact": 1}}, headers=owner())
         assert rewarded.json()["rewards"] == {"exact": 1.0}
         done = await rig.http.post(f"/sessions/{id}/finish", json={"rewards": {"style": 0.5}}, headers=owner())
+        assert rig.engine.released == [id]
         assert done.json()["outcome"] == "completed"
         [(episode, rewards)] = rig.desk.finishes
         assert rewards == episode.info["rewards"] == {"exact": 1.0, "style": 0.5}

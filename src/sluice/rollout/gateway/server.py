@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 
 from sluice.config.gateway import GatewayConfig
-from sluice.errors import ConfigError, EngineError
+from sluice.errors import ConfigError, EngineError, SluiceError
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.engines.base import Engine
 from sluice.rollout.gateway.app import create_app
@@ -235,6 +235,7 @@ class Gateway:
         self.book.close(entry, episode, keep=keep)
         if flying:
             await session.abort()
+        await self._engine.release(session.id)
         if self.desk is not None:
             await self.desk.finished(episode, dict(entry.rewards))
         return episode
@@ -247,7 +248,10 @@ class Gateway:
             now = time.monotonic()
             for entry in self.book:
                 if not entry.session.in_flight and now - entry.session.last_used > limit:
-                    await self._end(entry, Outcome.INFRA_FAILURE, "idle", keep=not entry.leased)
+                    try:
+                        await self._end(entry, Outcome.INFRA_FAILURE, "idle", keep=not entry.leased)
+                    except SluiceError:  # the desk could not take it; the others expire all the same
+                        _LOG.exception("session %s expired, and its episode could not be handed over", entry.session.id)
 
     def alarm(self, entry: Entry) -> None:
         """Say once per session that a history came back otherwise than it was recorded."""

@@ -44,6 +44,8 @@ class ToolLoop:
             await session.abort()
             reason = f"the episode took longer than {self._config.episode_seconds:g} s"
             return session.finish(Outcome.INFRA_FAILURE, reason)
+        finally:
+            await self._kit.engine.release(session.id)
 
     async def _converse(self, session: Session) -> Episode:
         messages = list(chat_messages(session.prompt))

@@ -16,7 +16,8 @@ with AVX-512 likewise bfloat16, where every shape agreed):
 * batched products of queries and keys agree from 2 rows a matrix for head sizes up to 32, 3 for 64 and 5 for
   128 with AVX-512, from 4 with AVX2. So the queries of a tile are padded to `head_dim / 16` rows, at least 4;
 * batched products of probabilities and values do not change when zeros are appended, up to 384 keys with
-  AVX-512, 192 with AVX2; beyond, MKL splits the sum otherwise. So values are multiplied in pieces of `PIECE` keys and added in order;
+  AVX-512, 192 with AVX2; beyond, MKL splits the sum otherwise. So values are multiplied in pieces of `PIECE`
+  keys and added in order;
 * softmax over keys, log-softmax over the vocabulary and RMS norms do not depend on appended masked keys (in
   multiples of 16) or on the number of rows.
 
