@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from sluice.rollout.process import die_with
 from sluice_engine import cpu
 
 START_DEADLINE_S = 240.0
@@ -82,7 +83,7 @@ def running_sglang(model_path: Path, *, extra_args: Sequence[str] = (), log_path
             process = subprocess.Popen(
                 cpu.command(python, model_path, port=port, extra_args=extra_args),
                 env=cpu.environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=die_with(os.getpid()),
             )  # fmt: skip
         url = f"http://127.0.0.1:{port}"
         try:
