@@ -14,6 +14,8 @@ from sluice.errors import ConfigError, EngineError
 from sluice.orchestrate import api
 from sluice.types import Outcome
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 AGENT = ROOT / "examples" / "calculator_agent.py"
 VERIFY = ROOT / "examples" / "verify_sum.py"
 GIVEN = [{"type": "given", "name": "correct", "component": "correct"}, {"type": "given", "component": "tidy"}]

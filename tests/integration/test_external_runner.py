@@ -18,6 +18,8 @@ from sluice.orchestrate.folder import open_folder
 from sluice.orchestrate.inline import InlineRun
 from sluice.types import Outcome
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 OWNER = "owner-key-of-the-test"
 ADD = {
     "type": "function",

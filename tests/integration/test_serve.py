@@ -15,6 +15,8 @@ import pytest
 
 from sluice import cli
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 DEADLINE = 150.0
 
 

@@ -15,6 +15,8 @@ from sluice.log import ACCOUNTED, LogReader, account
 from sluice.orchestrate import api
 from sluice.types import Outcome
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 TOOLS = '''
 import asyncio
 
