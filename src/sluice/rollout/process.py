@@ -167,6 +167,7 @@ class ManagedProcess:
                     while self.alive:
                         _tell(log, progress)
                         if await ready():
+                            _tell(log, progress)
                             return
                         await asyncio.sleep(POLL_SECONDS)
             except TimeoutError as error:
