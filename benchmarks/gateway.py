@@ -30,13 +30,14 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
-from benchmarks.rig import FolderSource, command_line, machine, parser, report, say, spread
+from benchmarks.rig import command_line, machine, parser, report, say, spread
 from tests import tool_model
 
 from sluice.config.gateway import ChatConfig, GatewayConfig
 from sluice.config.rollout import RolloutConfig
 from sluice.config.router import RouterConfig
 from sluice.models.build import load_tokenizer, make_scratch
+from sluice.orchestrate.serve import FolderSource
 from sluice.rollout.chat.base import ChatMessage
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.engines.base import Capabilities, Engine, Finish, GenerateRequest, Generation, PauseMode

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from sluice import device
 from sluice.config.run import RunConfig
 from sluice.models.build import load_tokenizer
+from sluice.orchestrate.serve import FolderSource
 from sluice.orchestrate.setup import initial_model
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
@@ -42,19 +42,6 @@ class Served:
     def url(self, number: int = 0) -> str:
         """Where one of its servers listens."""
         return str(list(self.fleet.members())[number].control.wire.url)
-
-
-class FolderSource:
-    """The weights of a model folder, as a trainer would yield them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for file in sorted(self._folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as weights:
-                for name in weights.keys():  # noqa: SIM118  not a mapping
-                    yield name, weights.get_tensor(name)
 
 
 @asynccontextmanager

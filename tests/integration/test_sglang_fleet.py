@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from tests.integration.sglang_server import write_tiny_model
+from tests.integration.sglang_weights import PROMPT, TOLERANCE, Weights, check
 from tests.tiny import tiny
-from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sluice.config import RunConfig
 from sluice.config.rollout import RolloutConfig
@@ -30,13 +30,9 @@ from sluice.rollout.engines.base import GenerateRequest, Generation
 from sluice.rollout.engines.sglang import make_fleet
 from sluice.rollout.engines.sglang.member import Member, State
 from sluice.types import Episode, SamplingParams, Version
-from sluice.weights.lineage import Lineage
-from sluice.weights.store import MemoryWeights, WeightStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-TOLERANCE = 1e-5
-"""Of log-probs of about -4 in float32, summed in two different orders."""
 MOE = {
     "model_type": "qwen3_moe",
     "hidden_size": 256,
@@ -129,36 +125,6 @@ def test_routed_experts_come_back_in_the_log(tmp_path: Path) -> None:
 
 # ── a death ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-PROMPT = [3, 12, 4, 16, 5]
-
-
-class Weights:
-    """A trainer's side: versions of the tiny model, each a little further from the first."""
-
-    def __init__(self, folder: Path, home: Path) -> None:
-        self.store = WeightStore(home, folder, Lineage())
-        self.model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.step = -1
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.named_parameters()
-
-    def publish(self) -> MemoryWeights:
-        self.step += 1
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter.mul_(1.02)
-        return self.store.publish(self, self.step)
-
-    def check(self, got: Generation) -> None:
-        """The engine's log-probs are those of the newest version, the only one in it."""
-        assert [(span.start, span.end, span.version.step) for span in got.spans] == [(0, len(got.ids), self.step)]
-        with torch.no_grad():
-            logits = self.model(torch.tensor([[*PROMPT, *got.ids.tolist()]])).logits[0]
-        rows = logits[len(PROMPT) - 1 : -1].log_softmax(-1)
-        expected = rows[torch.arange(len(got.ids)), torch.tensor(got.ids.astype(np.int64))].numpy()
-        np.testing.assert_allclose(got.logprobs, expected, rtol=0, atol=TOLERANCE)
-
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let others run until `condition` holds; the test's own deadline bounds it."""
@@ -198,7 +164,7 @@ def test_a_killed_server_loses_no_turn_and_serves_again_only_with_the_weights_of
         found = await asyncio.gather(*turns)
         for got in found:
             assert len(got.ids) == 200
-            weights.check(got)
+            check(weights, got, Version(weights.step))
         assert [got.ids.tolist() for got in found[:4]] == told
         assert fleet.figures()["engine/resumed_turns"] >= 1
         await fleet.apply(weights.publish())  # the victim is not back yet, or is: it has this version in either case
@@ -207,7 +173,7 @@ def test_a_killed_server_loses_no_turn_and_serves_again_only_with_the_weights_of
         assert victim.control.label.startswith("1.0+")
         after = await asyncio.gather(*(turn(f"after{n}", 30) for n in range(6)))
         for got in after:
-            weights.check(got)
+            check(weights, got, Version(weights.step))
         assert victim.name in {got.engine for got in after}
         assert fleet.figures()["engine/restarts"] == 1
 

@@ -9,7 +9,6 @@ from sluice.config.gateway import ChatConfig
 from sluice.errors import DataError
 from sluice.rollout.chat.base import ChatMessage, ToolCall
 from sluice.rollout.chat.renderer import ChatRenderer
-from sluice.rollout.render import Renderer
 from sluice.types import Message, Prompt
 
 QUESTION = ChatMessage("user", "How much?")
@@ -152,7 +151,7 @@ def test_refusals() -> None:
 
 
 def test_single_prompts() -> None:
-    chat = Renderer(make_tokenizer("plain"))
+    chat = ChatRenderer(make_tokenizer("plain"))
     prompt = Prompt("p", "sum", (Message("user", "1 + 1"),))
     assert chat.whole_text(chat.prompt_ids(prompt)) == "<|im_start|>user\n1 + 1<|im_end|>\n<|im_start|>assistant\n"
     ids = chat.response_ids("two")

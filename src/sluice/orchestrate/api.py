@@ -20,7 +20,7 @@ from sluice.orchestrate.folder import open_folder
 from sluice.orchestrate.inline import InlineRun, evaluate_model
 from sluice.orchestrate.setup import embedded_engine, initial_model, load_data
 from sluice.orchestrate.warm_start import fine_tune
-from sluice.rollout.render import Renderer
+from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.runners.base import EpisodeRequest, turn_noise
 from sluice.rollout.runners.single import SingleTurn
 from sluice.types import Message, Prompt, Version
@@ -121,7 +121,7 @@ async def _generate(
     tokenizer = load_tokenizer(model)
     engine = embedded_engine(EmbeddedConfig(), model, tokenizer, device=device.resolve("auto"), version=Version(0))
     capabilities = await engine.start()
-    renderer = Renderer(tokenizer)
+    renderer = ChatRenderer(tokenizer)
     runner = SingleTurn(engine, renderer, context_length=capabilities.context_length)
     params = sampling.params(eos=renderer.eos)
     try:

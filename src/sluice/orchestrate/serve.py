@@ -28,13 +28,12 @@ from sluice.log.writer import LogWriter
 from sluice.models.build import load_tokenizer
 from sluice.orchestrate.agents import open_gateway
 from sluice.orchestrate.journal import Journal
-from sluice.orchestrate.serving import check_capabilities, make_limits, secrets
+from sluice.orchestrate.serving import make_kit, start_engine
 from sluice.orchestrate.setup import embedded_engine, make_engine
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.gateway.desk import Lease, Wanted
 from sluice.rollout.gateway.server import Gateway
 from sluice.rollout.runners.base import turn_noise
-from sluice.rollout.runners.toolkit import Toolkit
 from sluice.types import Episode, Prompt, Reward, SamplingParams, Version
 from sluice.weights.lineage import Lineage
 from sluice.weights.store import WeightStore, activate
@@ -137,18 +136,14 @@ async def _open(
     tokenizer = load_tokenizer(model)
     if config.engine == "embedded":
         engine = embedded_engine(config.embedded, model, tokenizer, device=where, version=Version(0))
-        stack.push_async_callback(engine.close)
-        context_length = check_capabilities(config, await engine.start())
+        context_length = await start_engine(stack, config, engine)
     else:
         engine, sink = make_engine(config, model, tokenizer, device=where, folder=folder, tell=tell)
-        stack.push_async_callback(engine.close)
-        context_length = check_capabilities(config, await engine.start())
+        context_length = await start_engine(stack, config, engine)
         published = WeightStore(folder / "weights", model, Lineage()).publish(FolderSource(model), 0)
         await activate(published, [sink])
     chat = ChatRenderer(tokenizer, config.chat)
-    tell(str(chat.check()))
-    routes = config.engine != "embedded" and config.sglang.routed_experts
-    kit = Toolkit(engine, chat, make_limits(config.gateway, context_length), folder, None, routes, secrets(config))
+    kit = make_kit(config, engine, chat, context_length, folder=folder, tell=tell)
     desk = OpenDesk(journal, config.sampling.params(eos=chat.eos), first=first, seed=seed)
     return await open_gateway(stack, config, kit, desk)
 

@@ -55,22 +55,38 @@ async def open_rollout(
         folder: the run folder.
         tell: shown to the person who watches: start-up, the chat template's stability, the gateway's address.
     """
-    stack.push_async_callback(engine.close)
-    capabilities = await engine.start()
-    context_length = check_capabilities(config, capabilities)
+    context_length = await start_engine(stack, config, engine)
     chat = ChatRenderer(tokenizer, config.chat, template_kwargs)
-    routes = config.engine != "embedded" and config.sglang.routed_experts
     if isinstance(config.runner, SingleTurnRunner):
-        return Rollout(SingleTurn(engine, chat, context_length=context_length, routes=routes), chat, None)
-    tell(str(chat.check()))
-    limits = make_limits(config.gateway, context_length)
-    kit = Toolkit(engine, chat, limits, folder, None, routes, secrets(config))
+        runner = SingleTurn(engine, chat, context_length=context_length, routes=brings_routes(config))
+        return Rollout(runner, chat, None)
+    kit = make_kit(config, engine, chat, context_length, folder=folder, tell=tell)
     if isinstance(config.runner, ToolsRunner):
         return Rollout(ToolLoop(config.runner, kit), chat, None)
     from sluice.orchestrate.agents import open_agents  # a web server, only where agents come over HTTP
 
     runner, gateway = await open_agents(stack, config, kit, tell)
     return Rollout(runner, chat, gateway)
+
+
+async def start_engine(stack: AsyncExitStack, config: RolloutConfig, engine: Engine) -> int:
+    """Start an engine, which `stack` closes again. Returns the context length in tokens, see `check_capabilities`."""
+    stack.push_async_callback(engine.close)
+    return check_capabilities(config, await engine.start())
+
+
+def make_kit(
+    config: RolloutConfig, engine: Engine, chat: ChatRenderer, context_length: int, *, folder: Path, tell: Tell
+) -> Toolkit:
+    """What sessions are made with, no gateway in it yet. Tells how stable the chat template is."""
+    tell(str(chat.check()))
+    limits = make_limits(config.gateway, context_length)
+    return Toolkit(engine, chat, limits, folder, None, brings_routes(config), secrets(config))
+
+
+def brings_routes(config: RolloutConfig) -> bool:
+    """Whether episodes hold the experts that their positions were routed to."""
+    return config.engine != "embedded" and config.sglang.routed_experts
 
 
 def make_limits(config: GatewayConfig, context_length: int) -> Limits:
@@ -108,7 +124,7 @@ def check_capabilities(config: RolloutConfig, capabilities: Capabilities) -> int
     """Refuse an engine that cannot do what the run needs. Returns the context length in tokens.
 
     Raises:
-        CapabilityError: no log-probs, no routed experts, or a context shorter than asked for.
+        CapabilityError: no log-probs, or a context shorter than asked for.
     """
     if not capabilities.logprobs:
         raise CapabilityError(

@@ -12,7 +12,7 @@ from sluice.data.sources.demonstrations import load_demonstrations
 from sluice.errors import DataError
 from sluice.models.build import load_tokenizer
 from sluice.obs.view import View
-from sluice.rollout.render import Renderer
+from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.train.backends.torch import TorchTrainer
 from sluice.train.packing import make_batch
 from sluice.types import Prompt, TrainSample
@@ -41,7 +41,7 @@ def fine_tune(
     Raises:
         DataError: there are no demonstrations, or one is longer than a micro-batch.
     """
-    renderer = Renderer(load_tokenizer(model_folder), template_kwargs)
+    renderer = ChatRenderer(load_tokenizer(model_folder), template_kwargs=template_kwargs)
     rows = load_demonstrations(config.demonstrations, prompts, seed=seed)
     samples = [
         demonstration(f"demo-{index}", renderer.prompt_ids(prompt), renderer.response_ids(response))

@@ -218,15 +218,17 @@ class ManagedProcess:
         """End it and what it started: SIGTERM to its group, SIGKILL after `grace` seconds. Harmless when repeated."""
         async with self._ending:
             if self.alive:
-                self._signal(signal.SIGTERM)
+                signal_group(self.pid, signal.SIGTERM)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._process.wait(), grace)
-            self._signal(signal.SIGKILL)  # children that did not follow their parent
+            signal_group(self.pid, signal.SIGKILL)  # children that did not follow their parent
             await self._process.wait()
 
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
+
+def signal_group(leader: int, number: signal.Signals) -> None:
+    """To exactly the process group that `leader` leads; nothing when all of it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, number)
 
 
 def _tell(log: IO[str], progress: Callable[[str], None] | None) -> None:

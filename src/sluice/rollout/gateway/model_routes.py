@@ -72,14 +72,13 @@ async def _serve(
     streamed: bool | None,
     full: Callable[[Choices], dict[str, Any]],
     events: Callable[[Stream], AsyncIterator[bytes]],
-    error_event: str = "",
 ) -> Response:
     """Answer a call as one JSON object, or as events."""
     try:
         if not streamed:
             return JSONResponse(full(await whole(request, call)))
         stream = await Stream.open(request, call)
-        return EventStream(stream, events(stream), failed_event(request.url.path, error_event), request)
+        return EventStream(stream, events(stream), failed_event(request.url.path), request)
     finally:
         gateway.alarm(entry)
 
@@ -98,7 +97,7 @@ def _chat(gateway: Gateway, routes: APIRouter) -> None:
         answering = openai_chat.Answering(new_id("chatcmpl-"), body.model or gateway.policy, body, gateway.chat)
         return await _serve(
             gateway, request, entry, call,
-            streamed=body.stream, full=answering.completion, events=answering.events, error_event="error",
+            streamed=body.stream, full=answering.completion, events=answering.events,
         )  # fmt: skip
 
 
@@ -131,7 +130,7 @@ def _completions(gateway: Gateway, routes: APIRouter) -> None:
         completing = Completing(new_id("cmpl-"), body.model or gateway.policy, body, gateway.chat)
         return await _serve(
             gateway, request, entry, call,
-            streamed=body.stream, full=completing.completion, events=completing.events, error_event="error",
+            streamed=body.stream, full=completing.completion, events=completing.events,
         )  # fmt: skip
 
 
@@ -170,7 +169,7 @@ def _responses(gateway: Gateway, routes: APIRouter) -> None:
 
         return await _serve(
             gateway, request, entry, _caller(entry, ask),
-            streamed=body.stream, full=full, events=events, error_event="error",
+            streamed=body.stream, full=full, events=events,
         )  # fmt: skip
 
 
@@ -188,7 +187,7 @@ def _messages(gateway: Gateway, routes: APIRouter) -> None:
         messaging = Messaging(new_id("msg_"), body.model or gateway.policy, body, gateway.chat)
         return await _serve(
             gateway, request, entry, call,
-            streamed=body.stream, full=messaging.whole, events=messaging.events, error_event="error",
+            streamed=body.stream, full=messaging.whole, events=messaging.events,
         )  # fmt: skip
 
     @routes.post(

@@ -198,9 +198,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def failed_event(path: str, name: str = "") -> Callable[[Exception], bytes]:
+def failed_event(path: str) -> Callable[[Exception], bytes]:
     """How a failure is told in a stream of this path."""
-    return lambda error: event(in_stream(path, error), name)
+    return lambda error: event(in_stream(path, error), "error")
 
 
 Respond: TypeAlias = Callable[[Request], Awaitable[Response]]

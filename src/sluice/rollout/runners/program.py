@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from sluice.rollout.process import die_with
+from sluice.rollout.process import die_with, signal_group
 
 LOG_BYTES = 8 * 1024**2
 """What is kept of a program's output; the rest is counted and thrown away."""
@@ -119,12 +119,12 @@ async def run_program(
         pumps = [asyncio.ensure_future(sink.pump(stream)) for stream in (out, err)]
         try:
             code = await _wait(process, seconds)
-            _signal(process.pid, signal.SIGKILL)  # children that outlived it
+            signal_group(process.pid, signal.SIGKILL)  # children that outlived it
             _, late = await asyncio.wait(pumps, timeout=GRACE_SECONDS)
             output, error = ("" if pump in late else pump.result() for pump in pumps)
         finally:
             if process.returncode is None:
-                _signal(process.pid, signal.SIGKILL)
+                signal_group(process.pid, signal.SIGKILL)
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(process.wait(), *pumps, return_exceptions=True)
@@ -146,18 +146,10 @@ async def _wait(process: asyncio.subprocess.Process, seconds: float) -> int | No
     try:
         return await asyncio.wait_for(process.wait(), seconds)
     except TimeoutError:
-        _signal(process.pid, signal.SIGTERM)
+        signal_group(process.pid, signal.SIGTERM)
         try:
             await asyncio.wait_for(process.wait(), GRACE_SECONDS)
         except TimeoutError:
-            _signal(process.pid, signal.SIGKILL)
+            signal_group(process.pid, signal.SIGKILL)
             await process.wait()
         return None
-
-
-def _signal(group: int, what: signal.Signals) -> None:
-    """To exactly the group that the program leads."""
-    try:
-        os.killpg(group, what)
-    except ProcessLookupError:  # all of it is gone
-        return
