@@ -211,7 +211,8 @@ async def run(folder: Path, *, sessions: int, questions: int, every: float) -> H
         await asyncio.gather(swaps, return_exceptions=True)
         if not swaps.cancelled():
             swaps.result()  # an update that failed
-        killed = await asyncio.wait_for(killer, 5)
+        async with asyncio.timeout(5):
+            killed = await killer
         episodes = {name: await gateway.finish(name) for name in keys}
         return Happened(episodes, seen, base, model, killed, source.step, seconds, fleet.figures(), logged(folder))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,4 @@ def test_every_token_is_what_the_engines_sampled_and_the_clients_saw(tmp_path: P
     assert figures["turns"] >= 300
     assert figures["updates"] >= 3
     assert figures["versions_in_turns"] >= 3
+    assert not list(Path("/dev/shm").glob(f"torch_{os.getpid()}_*")), "the killed server's tensors stay in memory"

@@ -15,11 +15,16 @@ import torch
 from torch.multiprocessing import reductions
 
 from sluice import device
-from sluice.rollout.engines.sglang.tensors import DEVICE_ARGUMENT, by_uuid, serialise
+from sluice.rollout.engines.sglang.tensors import DEVICE_ARGUMENT, by_uuid, free_unread, serialise
+
+
+def shared() -> set[Path]:
+    return set(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
 
 
 def test_threads_do_not_change_each_others_sharing_strategy() -> None:
     """A reader of another process can open files in shared memory; with file descriptors it would need our key."""
+    before = shared()
     start = threading.Barrier(8)
     wrong: list[str] = []
     lock = threading.Lock()
@@ -42,7 +47,28 @@ def test_threads_do_not_change_each_others_sharing_strategy() -> None:
     assert not wrong
     assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
     gc.collect()
-    assert not list(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
+    assert shared() == before
+
+
+def test_what_nobody_read_is_freed_and_what_somebody_maps_is_not() -> None:
+    """A server that was killed in an update has not read; torch would keep a whole bucket in memory for it."""
+    before = shared()
+    never, once = [("a", torch.ones(8))], [("b", torch.ones(8))]
+    serialise(never)
+    text, _ = serialise(once, copies=2)
+    free_unread()
+    assert len(shared() - before) == 2, "both are still held here"
+    held = pickle.loads(base64.b64decode(text))
+    del never, once
+    gc.collect()
+    assert len(shared() - before) == 2, "torch waits for the readers"
+    free_unread()
+    assert len(shared() - before) == 1
+    assert held[0][1].sum() == 8
+    del held
+    gc.collect()
+    free_unread()
+    assert shared() == before
 
 
 def test_an_accelerator_is_called_by_its_uuid_and_only_offered_to_servers_that_see_it(

@@ -85,7 +85,8 @@ class Producer:
             EngineError: nothing finished within the deadline. Any failure of an episode is raised as it is.
         """
         try:
-            task = await asyncio.wait_for(self._finished.get(), self._stall_seconds)
+            async with asyncio.timeout(self._stall_seconds):  # wait_for of 3.11 may swallow a Ctrl-C
+                task = await self._finished.get()
         except TimeoutError as error:
             raise EngineError(
                 f"no episode has finished for {self._stall_seconds:.0f} s; {self.running} are under way",

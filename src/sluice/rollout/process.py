@@ -220,7 +220,8 @@ class ManagedProcess:
             if self.alive:
                 signal_group(self.pid, signal.SIGTERM)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._process.wait(), grace)
+                    async with asyncio.timeout(grace):
+                        await self._process.wait()
             signal_group(self.pid, signal.SIGKILL)  # children that did not follow their parent
             await self._process.wait()
 

@@ -160,7 +160,8 @@ class Router:
         probe = await asyncio.create_subprocess_exec(
             str(self._python), "-c", _PROBE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
         )
-        out, _ = await asyncio.wait_for(probe.communicate(), self._config.start_seconds)
+        async with asyncio.timeout(self._config.start_seconds):
+            out, _ = await probe.communicate()
         smg, _, old = out.decode(errors="replace").strip().partition(",")
         if smg:
             return

@@ -144,11 +144,13 @@ async def _pipe(stack: AsyncExitStack) -> tuple[asyncio.StreamReader, int]:
 
 async def _wait(process: asyncio.subprocess.Process, seconds: float) -> int | None:
     try:
-        return await asyncio.wait_for(process.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            return await process.wait()
     except TimeoutError:
         signal_group(process.pid, signal.SIGTERM)
         try:
-            await asyncio.wait_for(process.wait(), GRACE_SECONDS)
+            async with asyncio.timeout(GRACE_SECONDS):
+                await process.wait()
         except TimeoutError:
             signal_group(process.pid, signal.SIGKILL)
             await process.wait()

@@ -27,7 +27,7 @@ from sluice.config.sglang import SGLangConfig
 from sluice.errors import CapabilityError, EngineError, WeightsError
 from sluice.rollout.engines.base import PauseMode
 from sluice.rollout.engines.sglang.handshake import Server, shake_hands
-from sluice.rollout.engines.sglang.tensors import bucketed, is_local, promised, serialise
+from sluice.rollout.engines.sglang.tensors import bucketed, free_unread, is_local, promised, serialise
 from sluice.rollout.engines.sglang.wire import RefusedError, Wire
 from sluice.types import Version
 from sluice.weights.base import Manifest, Published
@@ -101,6 +101,7 @@ class Control:
         wire, self._wire, self._server = self._wire, None, None
         if wire is not None:
             await wire.close()
+            await asyncio.to_thread(free_unread)
 
     @property
     def wire(self) -> Wire:
@@ -233,7 +234,12 @@ class Control:
         """One bucket, whose memory is freed on this side when the server has answered."""
         copies = [(name, tensor.detach().to(self._device, copy=True)) for name, tensor in bucket]
         texts = await asyncio.to_thread(serialise, copies, self.server.tp_size)
-        await self.wire.post("/update_weights_from_tensor", {"serialized_named_tensors": texts, **extra})
+        try:
+            await self.wire.post("/update_weights_from_tensor", {"serialized_named_tensors": texts, **extra})
+        except BaseException:  # nobody may ever read them
+            del copies
+            free_unread()
+            raise
         if self._device != "cpu":
             del copies
             devices.collect_shared()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import base64
 import io
+import os
 import socket
 import threading
 from collections.abc import Iterable, Iterator
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,6 +25,8 @@ from sluice.weights.base import Published
 
 _STRATEGY = threading.Lock()
 """Held while torch's sharing strategy is another: servers of a set are served from several threads at a time."""
+
+_SHARED = Path("/dev/shm")
 
 
 def promised(published: Published) -> Iterator[tuple[str, Tensor]]:
@@ -108,12 +112,30 @@ def serialise(bucket: list[tuple[str, Tensor]], copies: int = 1) -> list[str]:
             return texts
         finally:
             torch.multiprocessing.set_sharing_strategy(usual)
-            atexit.unregister(end_shm_manager)  # once, however often we come here
-            atexit.register(end_shm_manager)
+            atexit.unregister(_end_sharing)  # once, however often we come here
+            atexit.register(_end_sharing)
 
 
-def end_shm_manager() -> None:
-    """End torch's `torch_shm_manager`, which the first shared tensor started as a child of this process.
+def free_unread() -> None:
+    """Remove the shared memory of this process that no process maps: what a server that died never read.
+
+    A tensor that was serialised keeps its file until its reader has opened and dropped it, here gone or not.
+    Linux only, as the sharing is.
+    """
+    with _STRATEGY:  # a file that is being made is not mapped yet
+        left = {str(path) for path in _SHARED.glob(f"torch_{os.getpid()}_*")}
+        for process in psutil.process_iter() if left else ():
+            try:
+                maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                continue  # it ended, or is another user's and cannot open our files
+            left -= {path for path in left if path in maps}
+        for path in left:
+            Path(path).unlink(missing_ok=True)
+
+
+def _end_sharing() -> None:
+    """Free what is left and end torch's `torch_shm_manager`, which the first shared tensor started as our child.
 
     It would live as long as the server and hold this process's stdout open: pipes from us would never end.
     Only at exit: torch does not start a second one.
@@ -124,6 +146,7 @@ def end_shm_manager() -> None:
                 child.terminate()
         except psutil.NoSuchProcess:
             continue  # it ended by itself
+    free_unread()
 
 
 def is_local(host: str) -> bool:
