@@ -10,7 +10,7 @@ STAMP := $(VENV)/.stamp-$(shell cat requirements.lock pyproject.toml | sha256sum
 RDMA := libibverbs1 librdmacm1
 LOAD_RDMA := import ctypes; [ctypes.CDLL(name) for name in ("libibverbs.so.1", "librdmacm.so.1")]
 
-.PHONY: help setup demo test test-all check format clean
+.PHONY: help setup demo docs test test-all check format clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -30,6 +30,9 @@ $(STAMP):
 
 demo: setup ## Train the demo from scratch on the CPU
 	$(VENV)/bin/sluice train recipes/demo.py --overwrite
+
+docs: setup ## Write the reference pages from the code
+	$(RUN) docs/generate.py
 
 test: setup ## Run the tests that take seconds
 	$(RUN) -m pytest -q -m "not slow"
