@@ -108,9 +108,9 @@ def config_page() -> str:
     """Every key of a recipe, part by part, each part under the first place where it may stand."""
     lines = [
         "# Configuration\n",
-        "Every key of a recipe, made from the code by `make docs`. A recipe is TOML, or Python that returns a",
-        "`RunConfig`; any key can be replaced on the command line: `sluice train recipe.toml train.optimizer.lr=1e-4`.",
-        "An unknown key is an error that names the nearest one. `sluice config schema` prints the same as JSON schema.\n",
+        "Every key of a recipe, made from the code by `make docs`. A recipe is TOML, or Python that returns the same",
+        "table; any key can be replaced on the command line: `sluice train recipe.toml train.optimizer.lr=1e-4`. An",
+        "unknown key is an error that names the nearest one. `sluice config schema` prints the same as JSON schema.\n",
     ]
     seen: dict[type[Part], str] = {}
 
