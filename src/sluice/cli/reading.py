@@ -1,0 +1,51 @@
+"""Commands that read: a run's log, a recipe, the schema of recipes."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from sluice.cli.app import Json, Overrides, Recipe, app, config_app, load
+
+
+@app.command()
+def episodes(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, or its name under runs/.")],
+    step: Annotated[
+        int | None,
+        typer.Option("--step", min=0, help="Records of this step, and of the episodes it trained."),
+    ] = None,
+    group: Annotated[str | None, typer.Option("--group", help="Records of a group: g000017, or 17.")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="Records of one kind: episode, reward, fault ...")] = None,
+    outcome: Annotated[
+        str | None,
+        typer.Option("--outcome", help="Episodes that ended like this: truncated, infra_failure ..."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="At most this many records.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Decode the tokens of each turn.")] = False,
+) -> None:
+    """Print a run's log as JSON lines, also while it is written."""
+    from sluice.episodes import make_query, print_lines, render, run_folder, select
+
+    query = make_query(step=step, group=group, kind=kind, outcome=outcome, limit=limit)
+    folder = run_folder(run)
+    print_lines(render(folder, select(folder, query), text=text))
+
+
+@config_app.command()
+def show(recipe: Recipe, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print a recipe with every default filled in, as TOML."""
+    from sluice.config.dump import resolved_json, resolved_toml
+
+    config = load(recipe, overrides)
+    typer.echo(resolved_json(config) if as_json else resolved_toml(config), nl=False)
+
+
+@config_app.command(name="schema")
+def print_schema() -> None:
+    """Print the JSON schema of recipes: every key, what it means, its default."""
+    from sluice.config.dump import schema
+
+    typer.echo(json.dumps(schema(), indent=2, ensure_ascii=False))
