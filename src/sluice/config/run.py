@@ -15,6 +15,7 @@ from sluice.config.rewards import GivenReward, RewardConfig
 from sluice.config.rollout import RolloutConfig, SamplingConfig
 from sluice.config.runners import CommandRunner, ExternalRunner, PythonRunner
 from sluice.config.sft import SftConfig
+from sluice.config.teachers import TeacherConfig
 from sluice.config.train import TrainConfig
 
 
@@ -98,6 +99,8 @@ class RunConfig(Part):
     """Supervised steps before the first RL step."""
     algorithm: AlgorithmConfig = GRPOConfig()
     """The RL method."""
+    teachers: tuple[TeacherConfig, ...] = ()
+    """Frozen policies that the algorithm asks for by name."""
     rollout: RolloutConfig = RolloutConfig()
     """Engine and sampling."""
     steps: int = Field(default=100, ge=0)
@@ -135,6 +138,10 @@ class RunConfig(Part):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"rewards: the name {twice[0]!r} is used twice; set rewards[i].name")
+        teachers = [teacher.name for teacher in self.teachers]
+        twice = sorted({name for name in teachers if teachers.count(name) > 1})
+        if twice:
+            raise ValueError(f"teachers: the name {twice[0]!r} is used twice")
         updates = getattr(self.algorithm, "updates_per_batch", 1)
         if self.groups_per_step % updates:
             raise ValueError(

@@ -76,6 +76,12 @@ def load_model(path: Path, *, dtype: DType | torch.dtype, attn_implementation: s
     return model.eval()
 
 
+def to_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """`model` itself, moved to `device`."""
+    torch.nn.Module.to(model, device)  # transformers' own override is typed as a plain function
+    return model
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder, checked against the vocabulary of the model beside it.
 
@@ -101,7 +107,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"the tokenizer in {path} names no end-of-sequence token, so no turn could ever end",
             hint="set eos_token in tokenizer_config.json",
         )
-    check_vocabulary(tokenizer, _read_config(path), where=str(path))
+    check_vocabulary(tokenizer, read_config(path), where=str(path))
     return tokenizer
 
 
@@ -182,7 +188,8 @@ def check_model_folder(path: Path) -> None:
     _check_model_type(model_type, str(path / "config.json"))
 
 
-def _read_config(path: Path) -> PretrainedConfig:
+def read_config(path: Path) -> PretrainedConfig:
+    """The config of a model folder that `check_model_folder` lets pass."""
     kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
     return CONFIG_MAPPING[kind].from_pretrained(path, local_files_only=True)
 

@@ -41,6 +41,7 @@ from sluice.orchestrate.setup import (
     make_strategy,
     require,
 )
+from sluice.orchestrate.streams import frozen_policies
 from sluice.orchestrate.warm_start import fine_tune
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.engines.sglang import SGLangFleet
@@ -83,6 +84,8 @@ class InlineRun:
             self._view.start(config.name, config.steps, str(folder), facts(config, data, self._device))
             stack.callback(self._view.close)
 
+            algorithm = make_algorithm(config.algorithm, max_new_tokens=config.rollout.sampling.max_new_tokens)
+            frozen = frozen_policies(algorithm.requires, config.teachers, initial_model(config, folder))
             start = self._start_model(checkpoint, data)
             tokenizer = load_tokenizer(start)
             engine, sink = make_engine(
@@ -94,13 +97,13 @@ class InlineRun:
             )  # fmt: skip
             check_prompts(rollout.runner, data, config.rollout.sampling.max_new_tokens)
 
-            algorithm = make_algorithm(config.algorithm, max_new_tokens=config.rollout.sampling.max_new_tokens)
             trainer = TorchTrainer(
                 config.train,
                 start,
                 total_steps=config.steps * algorithm.updates_per_batch,
                 seed=config.seed,
                 device=self._device,
+                frozen=frozen,
             )
             gate = Gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
             buffer = Buffer(

@@ -84,7 +84,8 @@ class Trainer(Protocol):
     """One model in training. Also a `weights.Source`."""
 
     def score(self, samples: Sequence[TrainSample], streams: frozenset[str]) -> list[TrainSample]:
-        """Fill log-prob streams, no gradient: `proximal` by the current weights, `reference` by the first.
+        """Fill log-prob streams, no gradient: `proximal` by the current weights, `reference` by the first,
+        `teacher:NAME` by that teacher's.
 
         Log-probs are at each token's recorded temperature. Filled are the tokens the policy sampled
         (version >= 0) and those that are trained (weight > 0); all others stay 0. Order is kept.

@@ -7,7 +7,7 @@ is then bit for bit what the trainer computes with. Dropout is off, as it is in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sluice.config.train import TrainConfig
 from sluice.errors import CheckpointError, TrainError
-from sluice.models.build import load_model
+from sluice.models.build import load_model, to_device
 from sluice.train.attention import PACKED_ATTENTION
+from sluice.train.backends.frozen import FrozenPolicies
 from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
 from sluice.train.base import Loss, StepStats
@@ -29,20 +30,18 @@ from sluice.train.packing import assign, check_fit
 from sluice.train.totals import MicroResult, StepTotals, run_loss
 from sluice.types import MicroBatch, TrainBatch, TrainSample
 
-SCORED_STREAMS = frozenset({"proximal", "reference"})
-"""Streams this trainer can fill."""
-
 
 class TorchTrainer:
     """Implements `train.base.Trainer`.
 
     Args:
         config: optimizer and memory.
-        model_folder: Hugging Face folder of the initial weights. They are also the reference policy, which
-            is read from there when a step first asks for it, and kept as a second, frozen model.
+        model_folder: Hugging Face folder of the initial weights. They are also the reference policy.
         total_steps: optimizer steps of the run, for the schedule.
         seed: of torch's global generator.
         device: where parameters live.
+        frozen: folders of further policies by the stream that they fill, such as `teacher:big`. Like the
+            reference they are read when a step first asks for them, and kept as models of their own.
 
     Raises:
         ConfigError: the folder is no usable model.
@@ -57,6 +56,7 @@ class TorchTrainer:
         total_steps: int,
         seed: int,
         device: torch.device | str = "cpu",
+        frozen: Mapping[str, Path] | None = None,
     ) -> None:
         self._config = config
         self._folder = model_folder
@@ -68,11 +68,11 @@ class TorchTrainer:
             model = exact
         else:
             model = load_model(model_folder, dtype=config.dtype, attn_implementation=PACKED_ATTENTION)
-        self.model = _to(model, self._device)
+        self.model = to_device(model, self._device)
         if config.activation_checkpointing:
             _checkpoint_activations(model)
         self._packed = PackedModel(model, chunk=config.logprob_chunk)
-        self._reference: PackedModel | None = None
+        self._frozen = FrozenPolicies({"reference": model_folder, **(frozen or {})}, config, self._device)
         parameters = dict(model.named_parameters())
         wide = dict(exact.named_parameters())
         masters = {name: wide[name].detach() for name, p in parameters.items() if p.dtype != torch.float32}
@@ -83,15 +83,16 @@ class TorchTrainer:
     @torch.no_grad()
     def score(self, samples: Sequence[TrainSample], streams: frozenset[str]) -> list[TrainSample]:
         """See `Trainer.score`."""
-        unknown = sorted(streams - SCORED_STREAMS)
+        fillable = {"proximal", *self._frozen.streams}
+        unknown = sorted(streams - fillable)
         if unknown:
             raise TrainError(
-                f"the torch trainer cannot fill the stream {unknown[0]!r}, only {sorted(SCORED_STREAMS)}",
+                f"the torch trainer cannot fill the stream {unknown[0]!r}, only {sorted(fillable)}",
                 hint="choose an algorithm that does without it",
             )
         filled = list(samples)
         for name in sorted(streams):
-            model = self._packed if name == "proximal" else self._reference_model()
+            model = self._packed if name == "proximal" else self._frozen.model(name)
             for index, values in enumerate(self._logprobs(model, samples)):
                 filled[index] = filled[index].with_streams(**{name: values})
         return filled
@@ -110,13 +111,6 @@ class TorchTrainer:
             for index, part in zip(members, np.split(values, micro.cu_seqlens[1:-1]), strict=True):
                 results[index] = part
         return results
-
-    def _reference_model(self) -> PackedModel:
-        if self._reference is None:
-            model = load_model(self._folder, dtype=self._config.dtype, attn_implementation=PACKED_ATTENTION)
-            model.requires_grad_(False)
-            self._reference = PackedModel(_to(model, self._device), chunk=self._config.logprob_chunk)
-        return self._reference
 
     # ── training ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -197,11 +191,6 @@ class TorchTrainer:
         self.optimizer.load_state(tensors, steps_done)
         for name, parameter in self.model.named_parameters():
             parameter.copy_(parameters[name])
-
-
-def _to(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    torch.nn.Module.to(model, device)  # transformers' own override is typed as a plain function
-    return model
 
 
 def _checkpoint_activations(model: PreTrainedModel) -> None:

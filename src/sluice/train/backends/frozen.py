@@ -1,0 +1,54 @@
+"""Policies that are scored and never trained: the reference and the teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sluice.config.train import TrainConfig
+from sluice.models.build import load_model, to_device
+from sluice.train.attention import PACKED_ATTENTION
+from sluice.train.packed_model import PackedModel, probe
+
+
+class FrozenPolicies:
+    """Models by the stream that they fill, each read when it is first asked for and kept.
+
+    Args:
+        folders: Hugging Face folder of each stream.
+        config: precision and chunk of the forward pass.
+        device: where they live.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], config: TrainConfig, device: torch.device) -> None:
+        self._folders = dict(folders)
+        self._config = config
+        self._device = device
+        self._models: dict[str, PackedModel] = {}
+
+    @property
+    def streams(self) -> frozenset[str]:
+        """The streams that these models fill."""
+        return frozenset(self._folders)
+
+    def model(self, stream: str) -> PackedModel:
+        """The model that fills `stream`, without gradient.
+
+        Raises:
+            ConfigError: its folder is no usable model.
+            TrainError: the weights do not fit, or the model family is not supported.
+        """
+        if stream not in self._models:
+            self._models[stream] = self._load(self._folders[stream])
+        return self._models[stream]
+
+    def _load(self, folder: Path) -> PackedModel:
+        config = self._config
+        model = load_model(folder, dtype="float32", attn_implementation=PACKED_ATTENTION)
+        probe(PackedModel(model, chunk=config.logprob_chunk))
+        if config.dtype != "float32":
+            model = load_model(folder, dtype=config.dtype, attn_implementation=PACKED_ATTENTION)
+        model.requires_grad_(False)
+        return PackedModel(to_device(model, self._device), chunk=config.logprob_chunk)
