@@ -156,7 +156,7 @@ def _place_of_message(message: str, key: Key, places: Places) -> str:
     for word in _WORD.findall(message):
         if "." not in word and "_" not in word:
             continue
-        steps: Key = tuple(word.split("."))
+        steps: Key = tuple(int(step) if step.isdecimal() else step for step in word.split("."))
         for candidate in (steps, (*key, *steps), (*key[:-1], *steps)):
             if candidate in places.known:
                 return places.known[candidate]

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from sluice.config.base import Part
+from sluice.config.base import Part, UrlOrName
 from sluice.config.gateway import ChatConfig, GatewayConfig
 from sluice.config.model import DType
 from sluice.config.router import RouterConfig
@@ -73,7 +73,7 @@ class EmbeddedConfig(Part):
 class RolloutConfig(Part):
     """Which engine, and the sampling of training episodes."""
 
-    engine: str = "embedded"
+    engine: UrlOrName = "embedded"
     """`embedded`; `sglang`, as `rollout.sglang` says; or the URL of one running SGLang server."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling of training episodes."""

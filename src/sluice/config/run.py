@@ -11,6 +11,7 @@ from sluice.config.algos import AlgorithmConfig, GRPOConfig
 from sluice.config.base import Part
 from sluice.config.data import DataConfig, OnStale
 from sluice.config.model import ModelConfig
+from sluice.config.offline import refusals
 from sluice.config.rewards import GivenReward, RewardConfig
 from sluice.config.rollout import RolloutConfig, SamplingConfig
 from sluice.config.runners import CommandRunner, ExternalRunner, PythonRunner
@@ -88,6 +89,12 @@ class RunConfig(Part):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of the trainer; None leaves the default."""
+    offline: bool = False
+    """Talk to this machine and `allow_hosts` only: any other host in the configuration is refused before the run
+    starts, and Hugging Face libraries are kept from the network. Code of your own is not watched."""
+    allow_hosts: tuple[str, ...] = ()
+    """Hosts that `offline` lets through: a name, `*.name` with all below it, an address, or a network in CIDR
+    form."""
 
     model: ModelConfig
     """The policy."""
@@ -153,6 +160,18 @@ class RunConfig(Part):
             raise ValueError(
                 "gate.on_stale = 'wait' with algorithm.updates_per_batch > 1: each update is a step of lag; "
                 "use gate.on_stale = 'mask_tokens'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stays_where_it_is_told(self) -> Self:
+        if self.allow_hosts and not self.offline:
+            raise ValueError("allow_hosts is read with offline = true; set it, or leave allow_hosts out")
+        found = refusals(self, self.allow_hosts) if self.offline else []
+        if found:
+            raise ValueError(
+                f"offline = true, but {'; '.join(found)}: leave it out, or name the host in allow_hosts if it may be "
+                "talked to"
             )
         return self
 

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from sluice.config.base import Part
+from sluice.config.base import OptionalAddress, Part, Url
 
 Flag = bool | int | float | str | list[str]
 """A value passed on to a server: `true` is the bare flag, `false` leaves it out, a list is several words."""
@@ -32,7 +32,7 @@ class EngineGroup(Part):
     """Hosts that one server spans; this host starts rank `node_rank`, the others theirs with the same recipe."""
     node_rank: int = Field(default=0, ge=0)
     """This host's rank in a server of several hosts; only rank 0 is talked to."""
-    dist_init_addr: str = ""
+    dist_init_addr: OptionalAddress = ""
     """`host:port` where the ranks of a server of several hosts meet."""
     devices: tuple[str, ...] = ()
     """Accelerators of each server of the group, as CUDA_VISIBLE_DEVICES has them: `["0,1", "2,3"]`; empty
@@ -55,7 +55,7 @@ class EngineGroup(Part):
 class SGLangConfig(Part):
     """SGLang servers, started here or attached to by URL."""
 
-    urls: tuple[str, ...] = ()
+    urls: tuple[Url, ...] = ()
     """Running servers to attach to. Empty: servers are started as `groups` says."""
     groups: tuple[EngineGroup, ...] = Field(default=(EngineGroup(),), min_length=1)
     """Servers to start; ignored when `urls` are given."""
@@ -105,7 +105,4 @@ class SGLangConfig(Part):
             raise ValueError(f"groups have the role {next(iter(roles - {'regular'}))!r} alone; prefill needs decode")
         if {"regular", "prefill"} <= roles:
             raise ValueError("groups mix regular engines with prefill and decode engines; use one or the other")
-        bad = [url for url in self.urls if not url.startswith(("http://", "https://"))]
-        if bad:
-            raise ValueError(f"{bad[0]!r} is no URL of a server (http://host:port)")
         return self

@@ -14,6 +14,7 @@ from sluice.config.rollout import EmbeddedConfig, SamplingConfig
 from sluice.config.run import RunConfig
 from sluice.errors import ConfigError
 from sluice.models.build import load_tokenizer
+from sluice.models.offline import go_offline
 from sluice.obs.summary import Summary
 from sluice.obs.view import View, make_view
 from sluice.orchestrate.folder import open_folder
@@ -43,7 +44,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, v
     Raises:
         SluiceError: see `sluice.errors`; whatever was finished before is in the run folder's log.
     """
-    device.set_threads(config.threads)
+    _prepare(config)
     folder = open_folder(config, resume=resume, overwrite=overwrite)
     shown = view or make_view(config.obs.live)
     return asyncio.run(InlineRun(config, folder, shown, resume=resume).run())
@@ -63,7 +64,7 @@ def sft(config: RunConfig, out: Path | None = None) -> Path:
     target = out or config.runs_dir / f"{config.name}-sft"
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty", hint="choose another --out, or remove it yourself")
-    device.set_threads(config.threads)
+    _prepare(config)
     data = load_data(config.data, seed=config.seed)
     view = make_view(config.obs.live)
     try:
@@ -94,7 +95,7 @@ def evaluate(config: RunConfig, model: Path | None = None) -> dict[str, Any]:
     Returns:
         `EvalResult` as JSON.
     """
-    device.set_threads(config.threads)
+    _prepare(config)
     return asyncio.run(evaluate_model(config, model, _LOG.info)).to_json()
 
 
@@ -113,6 +114,13 @@ def generate(
         `n` answers per prompt.
     """
     return asyncio.run(_generate(model, prompts, n, sampling or SamplingConfig(), seed))
+
+
+def _prepare(config: RunConfig) -> None:
+    """What a recipe asks of the process as a whole."""
+    device.set_threads(config.threads)
+    if config.offline:
+        go_offline()
 
 
 async def _generate(

@@ -26,8 +26,8 @@ from sluice.config.run import RunConfig
 from sluice.errors import ConfigError
 
 MAY_CHANGE = (
-    "steps", "runs_dir", "device", "threads", "checkpoint", "obs", "limits", "log", "evaluation.every",
-    "evaluation.show", "rollout.engine", "rollout.sglang", "rollout.router", "rollout.embedded",
+    "steps", "runs_dir", "device", "threads", "offline", "allow_hosts", "checkpoint", "obs", "limits", "log",
+    "evaluation.every", "evaluation.show", "rollout.engine", "rollout.sglang", "rollout.router", "rollout.embedded",
     "rollout.gateway.host", "rollout.gateway.port", "rollout.gateway.owner_key_env", "rollout.gateway.idle_seconds",
     "rollout.gateway.max_sessions", "rollout.gateway.body_bytes", "rollout.gateway.retry_after_seconds",
     "rollout.runner.parallel", "rollout.runner.keep", "train.micro_batch_tokens",
