@@ -313,10 +313,14 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """Named components and their weights. The total is their weighted sum; every component is logged."""
+    """Named components and their weights. The total is their weighted sum; every component is logged.
+
+    `notes` are what components had to say besides numbers, by component: the words of a judge, the test that failed.
+    """
 
     components: Mapping[str, float]
     weights: Mapping[str, float]
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         if self.components.keys() != self.weights.keys():

@@ -297,5 +297,5 @@ def test_json_lines_are_strict_json_and_lose_no_number(episode: Episode) -> None
 def test_a_reward_line_has_its_total() -> None:
     reward = Reward({"answer": 1.0, "format": 0.5}, {"answer": 1.0, "format": 0.5})
     line = to_json(Entry(2, 1.5, RewardRecord("e1", reward)))
-    assert line["reward"] == {"components": dict(reward.components), "weights": dict(reward.weights)}
+    assert line["reward"] == {"components": dict(reward.components), "weights": dict(reward.weights), "notes": {}}
     assert line["total"] == 1.25

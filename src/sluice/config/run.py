@@ -12,7 +12,7 @@ from sluice.config.base import Part
 from sluice.config.data import DataConfig, OnStale
 from sluice.config.model import ModelConfig
 from sluice.config.offline import refusals
-from sluice.config.rewards import GivenReward, RewardConfig
+from sluice.config.rewards import GivenReward, GroupRewardBase, RewardConfig
 from sluice.config.rollout import RolloutConfig, SamplingConfig
 from sluice.config.runners import CommandRunner, ExternalRunner, PythonRunner
 from sluice.config.sft import SftConfig
@@ -172,6 +172,17 @@ class RunConfig(Part):
             raise ValueError(
                 f"offline = true, but {'; '.join(found)}: leave it out, or name the host in allow_hosts if it may be "
                 "talked to"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_scores_one_by_one(self) -> Self:
+        held_out = self.data.eval is not None or bool(self.data.eval_prompts)
+        compares = [r for r in self.evaluation.rewards or self.rewards if isinstance(r, GroupRewardBase)]
+        if held_out and compares:
+            raise ValueError(
+                f"evaluation: the reward {compares[0].name or compares[0].type!r} compares the members of a group, and "
+                "a comparison is no accuracy; set evaluation.rewards to rewards that look at one answer"
             )
         return self
 

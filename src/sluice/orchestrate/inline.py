@@ -78,6 +78,7 @@ class InlineRun:
             checkpoint = checkpoints.latest() if self._resume else None
             data = load_data(config.data, seed=config.seed)
             rubric = Rubric(config.rewards)
+            stack.push_async_callback(rubric.close)
             rubric.check(data.tasks, complete=True)
             rubric.check_prompts(data.trained)
             journal.write_now(RunRecord(digest(config), config.seed, __version__))
@@ -122,7 +123,7 @@ class InlineRun:
             sinks = self._sinks(stack, progress.batch)
             parts = Parts(
                 sink=sink, producer=producer,
-                evaluator=make_evaluator(config, rollout, journal, data) if data.held_out else None,
+                evaluator=make_evaluator(stack, config, rollout, journal, data) if data.held_out else None,
                 trainer=trainer, algorithm=algorithm, buffer=buffer, gate=gate, lineage=lineage,
                 store=WeightStore(folder / "weights", start, lineage),
                 checkpoints=checkpoints, journal=journal, sinks=sinks, view=self._view, timer=self._timer,
@@ -236,11 +237,14 @@ class InlineRun:
         )
 
 
-def make_evaluator(config: RunConfig, rollout: Rollout, journal: Journal, data: Data) -> Evaluator:
+def make_evaluator(
+    stack: AsyncExitStack, config: RunConfig, rollout: Rollout, journal: Journal, data: Data
+) -> Evaluator:
     """The evaluator of a recipe, with the evaluation's own rewards and sampling."""
     require(data.held_out, "held-out prompts")
     chosen = config.evaluation
     rubric = Rubric(chosen.rewards or config.rewards)
+    stack.push_async_callback(rubric.close)
     rubric.check({prompt.task for prompt in data.held_out})
     rubric.check_prompts(data.held_out)
     judge = Producer(
@@ -273,7 +277,7 @@ async def evaluate_model(config: RunConfig, model: Path | None, tell: Callable[[
         rollout = await open_rollout(
             stack, here, engine, tokenizer, folder=scratch, template_kwargs=config.model.chat_template_kwargs, tell=tell
         )
-        return await make_evaluator(config, rollout, Journal(writer), data)(0, Version(0))
+        return await make_evaluator(stack, config, rollout, Journal(writer), data)(0, Version(0))
 
 
 def facts(config: RunConfig, data: Data, device_name: str) -> dict[str, str]:

@@ -1,19 +1,23 @@
-"""Episodes: sampled, logged, rewarded, in that order, and handed to the loop as they finish."""
+"""Episodes: sampled, logged, rewarded, in that order, and handed to the loop as they finish.
+
+Members of a group that is compared are scored one by one as they finish, too, but rewarded and handed over together.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from sluice.errors import EngineError
 from sluice.log.records import Disposition, DispositionRecord, EpisodeRecord, FaultRecord, RewardRecord
+from sluice.orchestrate.comparing import Member, Table, failed
 from sluice.orchestrate.journal import Journal
 from sluice.rewards.base import VerifierFailure
-from sluice.rewards.rubric import Rubric
+from sluice.rewards.rubric import Response, Rubric
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.runners.base import EpisodeRequest, Runner
-from sluice.types import Episode, GroupRequest, Outcome, Reward, Scored, Version, expand
+from sluice.types import Episode, GroupRequest, Reward, Scored, Version, expand
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,12 @@ class Producer:
         return len(self._tasks)
 
     def start(self, request: GroupRequest, samples: Iterable[int]) -> None:
-        """Begin episodes of a group."""
+        """Begin episodes of a group: all of it, or those that a resumed run has not got yet."""
+        samples = list(samples)
+        table = Table(len(samples), self._compare) if self._rubric.compares(request.prompt.task) else None
         for sample in samples:
-            task = asyncio.create_task(self._episode(request, sample), name=request.episode_id(sample))
+            work = self._episode(request, sample) if table is None else self._member(request, sample, table, samples)
+            task = asyncio.create_task(work, name=request.episode_id(sample))
             self._tasks.add(task)
             task.add_done_callback(self._done)
 
@@ -95,16 +102,31 @@ class Producer:
         return task.result()
 
     async def _episode(self, request: GroupRequest, sample: int) -> Scored:
-        found = await self._recover(request, sample)
-        if found is None:
-            wanted = EpisodeRequest.member(request, sample, seed=self._seed)
-            episode, reward = await self._runner.run(wanted), None
-            await self._journal.write(EpisodeRecord(episode))
-        else:
-            episode, reward = found.episode, found.reward
+        episode, reward = await self._run(request, sample)
         if episode.outcome.counts and reward is None:
             episode, reward = await self.judge(episode)
-        return Scored(episode, reward, expand(episode) if episode.outcome.counts else ())
+        return _scored(episode, reward)
+
+    async def _member(self, request: GroupRequest, sample: int, table: Table, started: Sequence[int]) -> Scored:
+        """An episode of a group that is compared. In the log it has a reward when all of its group have."""
+        episode, reward = await self._run(request, sample)
+        whole = reward is not None
+        if episode.outcome.counts and reward is None:
+            if len(started) == request.n:
+                episode, reward = await self._score(episode)
+            else:  # the others were compared without it before the interruption, see `logged_episodes`
+                episode = failed(episode, "its group was compared without it before the interruption")
+        member = await table.join(Member(episode, reward, whole))
+        return _scored(member.episode, member.reward)
+
+    async def _run(self, request: GroupRequest, sample: int) -> tuple[Episode, Reward | None]:
+        """The finished episode, logged; with its reward when an earlier run has logged that too."""
+        found = await self._recover(request, sample)
+        if found is not None:
+            return found.episode, found.reward
+        episode = await self._runner.run(EpisodeRequest.member(request, sample, seed=self._seed))
+        await self._journal.write(EpisodeRecord(episode))
+        return episode, None
 
     async def _recover(self, request: GroupRequest, sample: int) -> Recovered | None:
         found = self._recovered.pop(request.episode_id(sample), None)
@@ -122,15 +144,42 @@ class Producer:
 
     async def judge(self, episode: Episode) -> tuple[Episode, Reward | None]:
         """Reward an episode and log it. A verifier that fails makes it an infra failure, never a 0."""
-        text = "".join(self._renderer.text(turn.ids) for turn in list(episode.sampled_turns())[-1:])
+        episode, reward = await self._score(episode)
+        if reward is not None:
+            await self._journal.write(RewardRecord(episode.id, reward))
+        return episode, reward
+
+    async def _score(self, episode: Episode) -> tuple[Episode, Reward | None]:
+        """What the components that look at one episode alone give it."""
         try:
-            reward = await self._rubric.reward(episode.prompt, text, episode_id=episode.id, info=episode.info)
+            reward = await self._rubric.reward(
+                episode.prompt, self._response(episode), episode_id=episode.id, info=episode.info
+            )
         except VerifierFailure as failure:
             await self._journal.write(FaultRecord(str(failure), f"reward of {episode.id}"))
-            info = {**episode.info, "failed_in": "reward"}
-            return replace(episode, outcome=Outcome.INFRA_FAILURE, reason=str(failure), info=info), None
-        await self._journal.write(RewardRecord(episode.id, reward))
+            return failed(episode, str(failure)), None
         return episode, reward
+
+    async def _compare(self, members: Sequence[Member]) -> Sequence[Member]:
+        """The members of a complete group with their whole rewards, logged together."""
+        responses = [
+            Response(m.episode.id, self._response(m.episode), m.episode.info, m.reward)
+            for m in members
+            if m.reward is not None
+        ]
+        try:
+            rewards = await self._rubric.compare(members[0].episode.prompt, responses)
+        except VerifierFailure as failure:
+            group = members[0].episode.group_id
+            await self._journal.write(FaultRecord(str(failure), f"reward of {group}"))
+            return [Member(failed(m.episode, str(failure)), None) for m in members]
+        await self._journal.write(
+            *(RewardRecord(m.episode.id, reward) for m, reward in zip(members, rewards, strict=True))
+        )
+        return [Member(m.episode, reward, whole=True) for m, reward in zip(members, rewards, strict=True)]
+
+    def _response(self, episode: Episode) -> str:
+        return "".join(self._renderer.text(turn.ids) for turn in list(episode.sampled_turns())[-1:])
 
     async def close(self) -> None:
         """Cancel what is under way and wait for it to end."""
@@ -138,3 +187,7 @@ class Producer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _scored(episode: Episode, reward: Reward | None) -> Scored:
+    return Scored(episode, reward, expand(episode) if episode.outcome.counts else ())

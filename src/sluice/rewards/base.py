@@ -1,9 +1,11 @@
-"""What a verifier is, and what becomes of one that fails."""
+"""What a verifier is, what it is shown and says, and what becomes of one that fails."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +28,38 @@ class VerifierFailure(RewardError):  # noqa: N818  an outcome, by its name
         self.prompt_id = prompt_id
 
 
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One episode as a verifier sees it.
+
+    Attributes:
+        text: the answer: what the component's pattern found in the response.
+        response: the last turn that the policy wrote.
+        info: of the episode.
+    """
+
+    prompt: Prompt
+    text: str
+    response: str
+    episode_id: str
+    info: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a verifier says when a bare number is not all.
+
+    Attributes:
+        value: the component's score.
+        parts: further measures by name, logged as components of weight 0 called `component/part`.
+        notes: kept beside the reward in the log: what a judge said, why a test failed. Plain values.
+    """
+
+    value: Any
+    parts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
 class Verifier(Protocol):
     """Scores one answer."""
 
@@ -33,8 +67,23 @@ class Verifier(Protocol):
         """Raise RewardError when no answer to this prompt can be scored: its ground truth is unfit."""
         ...
 
-    async def score(self, prompt: Prompt, answer: str, *, episode_id: str) -> float:
-        """The score of `answer`. May raise anything: the rubric turns it into a VerifierFailure."""
+    async def score(self, submission: Submission) -> float | Score:
+        """The score of an answer. May raise anything: the rubric turns it into a VerifierFailure."""
+        ...
+
+
+class GroupVerifier(Protocol):
+    """Scores the answers of a group against each other."""
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise RewardError when no answers to this prompt can be compared."""
+        ...
+
+    async def compare(self, submissions: Sequence[Submission]) -> Sequence[float | Score]:
+        """One score for each answer, in order. All answer the same prompt; failed members are not among them.
+
+        May raise anything: the rubric turns it into a VerifierFailure.
+        """
         ...
 
 

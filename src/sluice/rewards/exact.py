@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sluice.config.rewards import ExactReward
 from sluice.errors import RewardError
+from sluice.rewards.base import Submission
 from sluice.types import Prompt
 
 
@@ -21,9 +22,9 @@ class ExactVerifier:
                 hint="fill the source's answer column, or limit this reward with `tasks`",
             )
 
-    async def score(self, prompt: Prompt, answer: str, *, episode_id: str) -> float:
+    async def score(self, submission: Submission) -> float:
         """1 or 0."""
-        truth, given = prompt.answer.strip(), answer.strip()
+        truth, given = submission.prompt.answer.strip(), submission.text.strip()
         if not truth:
-            self.check(prompt)
+            self.check(submission.prompt)
         return float(truth.casefold() == given.casefold() if self._fold else truth == given)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from sluice.config.rewards import GivenReward
 from sluice.errors import RewardError
+from sluice.rewards.base import Submission
 from sluice.types import Prompt
 
 KEY = "rewards"
@@ -25,12 +25,13 @@ class GivenVerifier:
     def check(self, prompt: Prompt) -> None:
         """Any prompt will do."""
 
-    def pick(self, info: Mapping[str, Any]) -> Any:
+    async def score(self, submission: Submission) -> Any:
         """The component in `Episode.info`, whatever it is; the default when nobody gave it.
 
         Raises:
             RewardError: nobody gave it, and there is no default.
         """
+        info = submission.info
         given = info.get(KEY, {})
         if self._component in given:
             return given[self._component]

@@ -7,6 +7,7 @@ import re
 
 from sluice.config.rewards import NumericReward
 from sluice.errors import RewardError
+from sluice.rewards.base import Submission
 from sluice.types import Prompt
 
 _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?"
@@ -28,13 +29,13 @@ class NumericVerifier:
                 hint="use the reward type 'exact' for text, or limit this reward with `tasks`",
             )
 
-    async def score(self, prompt: Prompt, answer: str, *, episode_id: str) -> float:
+    async def score(self, submission: Submission) -> float:
         """1 or 0; an answer that is no number is wrong."""
-        truth = parse_number(prompt.answer)
+        truth = parse_number(submission.prompt.answer)
         if truth is None:
-            self.check(prompt)
+            self.check(submission.prompt)
             return 0.0
-        given = parse_number(answer)
+        given = parse_number(submission.text)
         if given is None:
             return 0.0
         return float(math.isclose(given, truth, rel_tol=self._rel_tol, abs_tol=self._abs_tol))

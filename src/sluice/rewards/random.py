@@ -5,6 +5,7 @@ from __future__ import annotations
 import xxhash
 
 from sluice.config.rewards import RandomReward
+from sluice.rewards.base import Submission
 from sluice.types import Prompt
 
 
@@ -18,7 +19,7 @@ class RandomVerifier:
     def check(self, prompt: Prompt) -> None:
         """Any prompt will do."""
 
-    async def score(self, prompt: Prompt, answer: str, *, episode_id: str) -> float:
+    async def score(self, submission: Submission) -> float:
         """The draw of this episode."""
-        draw = xxhash.xxh3_64_intdigest(f"{self._seed}/{episode_id}".encode()) / 2**64
+        draw = xxhash.xxh3_64_intdigest(f"{self._seed}/{submission.episode_id}".encode()) / 2**64
         return float(draw < self._probability)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from sluice import gym
 from sluice.config.rewards import ReasoningGymReward
 from sluice.errors import ConfigError, RewardError
+from sluice.rewards.base import Submission
 from sluice.rewards.screen import is_harmless
 from sluice.types import Prompt
 
@@ -25,8 +26,9 @@ class ReasoningGymVerifier:
         """The prompt must come from reasoning-gym, and from a dataset that is installed here."""
         self._scorer(prompt)
 
-    async def score(self, prompt: Prompt, answer: str, *, episode_id: str) -> float:
+    async def score(self, submission: Submission) -> float:
         """The dataset's score, or 0 and 1 by the threshold."""
+        prompt, answer = submission.prompt, submission.text
         score_answer, entry = self._scorer(prompt)
         seen = answer if is_harmless(prompt.metadata[gym.KEY]["dataset"], answer, entry) else ""
         try:

@@ -1,37 +1,14 @@
-"""Rewards: named components with weights. A verifier that fails is an infra failure, never a 0."""
+"""Rewards that score an answer on this machine."""
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from sluice.config.base import Part
 from sluice.config.data import ImportPath
-
-
-class RewardBase(Part):
-    """What every component has."""
-
-    name: str = ""
-    """Name of the component in logs and metrics; empty takes the type's name."""
-    weight: float = 1.0
-    """Factor in the total."""
-    tasks: tuple[str, ...] = ()
-    """Limit to these tasks; empty means all."""
-    pattern: str = ""
-    """Regular expression that finds the answer in the response: its last match, first group if it has
-    one. Empty takes the whole response, stripped. No match means an empty answer."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
-        return value
+from sluice.config.pattern import Pattern
+from sluice.config.rewards.base import RewardBase
 
 
 class ReasoningGymReward(RewardBase):
@@ -58,6 +35,20 @@ class NumericReward(RewardBase):
     """Relative tolerance."""
     abs_tol: float = Field(default=1e-9, ge=0)
     """Absolute tolerance."""
+
+
+class RegexReward(RewardBase):
+    """1 when the answer matches a regular expression."""
+
+    type: Literal["regex"] = "regex"
+    expect: Pattern
+    """What the answer must match. `{answer}` in it stands for the prompt's ground truth, taken literally."""
+    match: Literal["full", "search"] = "full"
+    """The whole answer, or any part of it."""
+    ignore_case: bool = False
+    """Match without case."""
+    seconds: float = Field(default=1.0, gt=0)
+    """CPU time of one match; an expression that takes longer (catastrophic backtracking) is an infra failure."""
 
 
 class PythonReward(RewardBase):
@@ -100,9 +91,3 @@ class GivenReward(RewardBase):
         if self.pattern:
             raise ValueError("a given reward reads no text; leave `pattern` out")
         return self
-
-
-RewardConfig = Annotated[
-    ReasoningGymReward | ExactReward | NumericReward | PythonReward | RandomReward | GivenReward,
-    Field(discriminator="type"),
-]
