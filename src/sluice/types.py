@@ -346,8 +346,10 @@ STREAMS: Mapping[str, tuple[type[np.generic], float]] = {
     "version": (np.int64, -1),
     "temperature": (np.float32, 1.0),
     "turn": (np.int32, -1),
+    "lag": (np.int32, -1),
 }
-"""Declared streams: dtype, and the value at tokens the policy did not sample. `teacher:NAME` is float32."""
+"""Declared streams: dtype, and the value at tokens the policy did not sample. `teacher:NAME` is float32.
+The gate writes `lag`: optimizer steps between a token's version and the one in use when its batch is taken."""
 
 
 def stream_dtype(name: str) -> type[np.generic]:

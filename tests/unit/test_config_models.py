@@ -39,7 +39,7 @@ def test_the_walk_reaches_every_config_class() -> None:
             yield sub
             yield from subclasses(sub)
 
-    shared_bases = {"RewardBase", "GroupRewardBase", "PolicyGradientConfig"}
+    shared_bases = {"RewardBase", "GroupRewardBase", "PolicyGradientConfig", "GroupConfig", "Band"}
     ours = {kind.__name__ for kind in subclasses(Part) if kind.__module__.startswith("sluice.config")}
     assert ours - {part.__name__ for part in parts()} == shared_bases
 

@@ -10,7 +10,7 @@ import torch
 import worked
 
 from sluice.algos import make_algorithm
-from sluice.algos.policy import tis_weight
+from sluice.algos.corrections import tis_weight
 from sluice.config.algos import DrGRPOConfig, GRPOConfig, RLOOConfig
 from sluice.config.data import GateConfig, OnStale
 from sluice.data.gate import Gate

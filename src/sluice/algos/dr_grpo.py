@@ -9,23 +9,18 @@ from sluice.algos.grpo import centre
 from sluice.algos.policy import PolicyGradient
 from sluice.config.algos import DrGRPOConfig
 from sluice.errors import ConfigError
-from sluice.types import Group, Normaliser
+from sluice.types import Group
 
 
 class DrGRPO(PolicyGradient):
     """A = R - mean of the group; the loss is divided by a constant length."""
 
     def __init__(self, config: DrGRPOConfig, *, max_new_tokens: int | None = None) -> None:
-        super().__init__(config)
+        super().__init__(config, max_new_tokens=max_new_tokens)
         constant = config.constant or max_new_tokens
         if constant is None:
             raise ConfigError("Dr. GRPO divides by a constant length, and none is known", hint="set algorithm.constant")
         self._constant = float(constant)
-        self._normaliser = config.normaliser
-
-    @property
-    def normaliser(self) -> Normaliser:
-        return self._normaliser
 
     @property
     def constant(self) -> float:

@@ -1,4 +1,4 @@
-"""What the policy-gradient methods share: the clipped loss, TIS, and KL in reward or loss."""
+"""What the policy-gradient methods share: returns, the clipped loss, corrections, KL in reward or loss."""
 
 from __future__ import annotations
 
@@ -10,28 +10,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sluice.algos.base import sampled_mask, total_reward
+from sluice.algos.corrections import correct, corrects, weighs
 from sluice.algos.kl import kl_estimate
+from sluice.algos.overlong import Overlong
+from sluice.algos.ratio import LARGEST_LOG_RATIO, ratio_of
 from sluice.config.algos import PolicyGradientConfig
-from sluice.types import Group, LossInputs, LossOutput, TrainSample
+from sluice.types import Group, LossInputs, LossOutput, Normaliser, Scored, TrainSample
 
 
 class PolicyGradient:
-    """Base of the policy-gradient methods; a method adds `credit`, `normaliser` and `constant`.
+    """Base of the policy-gradient methods: one adds `credit`, and may replace `surrogate`.
 
-    The old policy of the ratio is the behaviour stream. With TIS it is the proximal one: the ratio then
-    measures only how far this batch has moved the policy, and the engine's difference (and staleness) is
-    corrected by a factor of its own.
+    The old policy of the ratio is the behaviour stream. With TIS or IcePop, which weigh by π_prox/μ, it is the
+    proximal one: the ratio then measures only how far this batch has moved the policy, and the engine's difference
+    (and staleness) is corrected by a factor of its own.
+
+    Args:
+        config: the method's choices.
+        max_new_tokens: limit of a turn, where a length is not configured.
     """
 
-    def __init__(self, config: PolicyGradientConfig) -> None:
+    def __init__(self, config: PolicyGradientConfig, *, max_new_tokens: int | None = None) -> None:
         self._config = config
         self._kl = config.kl
-        self._old = "proximal" if config.tis else "behaviour"
+        self._overlong = Overlong(config.overlong, max_new_tokens=max_new_tokens) if config.overlong else None
 
     @property
     def requires(self) -> frozenset[str]:
         needed: set[str] = set()
-        if self._config.tis:
+        if corrects(self._config) and self._config.proximal == "scored":
             needed.add("proximal")
         if self._kl:
             needed.add("reference")
@@ -40,12 +47,18 @@ class PolicyGradient:
         return frozenset(needed)
 
     @property
-    def updates_per_batch(self) -> int:
-        return self._config.updates_per_batch
+    def normaliser(self) -> Normaliser:
+        return self._config.normaliser
 
     @property
     def constant(self) -> float:
         return 1.0
+
+    @property
+    def updates_per_batch(self) -> int:
+        return self._config.updates_per_batch
+
+    # ── credit ──────────────────────────────────────────────────────────────────────────────────────────
 
     def token_penalty(self, sample: TrainSample) -> NDArray[np.float64]:
         """KL penalty subtracted from each sampled token's reward, shape `[len(sample)]`; zero without KL."""
@@ -55,12 +68,17 @@ class PolicyGradient:
         estimate = kl_estimate(self._kl.estimator, proximal, sample["reference"].astype(np.float64))
         return np.where(sampled_mask(sample), self._kl.coefficient * estimate, 0.0)
 
+    def outcome(self, member: Scored) -> float:
+        """Total reward of a valid member less the punishment of an overlong one."""
+        punishment = self._overlong.punishment(member.episode.num_sampled_tokens) if self._overlong else 0.0
+        return total_reward(member) - punishment
+
     def returns(self, groups: Sequence[Group]) -> list[NDArray[np.float64]]:
-        """Total reward of each valid member less its KL penalty, one array `[len(valid)]` per group."""
+        """Outcome of each valid member less its KL penalty, one array `[len(valid)]` per group."""
         return [
             np.array(
                 [
-                    total_reward(member) - sum(float(self.token_penalty(s).sum()) for s in member.samples)
+                    self.outcome(member) - sum(float(self.token_penalty(s).sum()) for s in member.samples)
                     for member in group.valid
                 ],
                 dtype=np.float64,
@@ -68,32 +86,56 @@ class PolicyGradient:
             for group in groups
         ]
 
-    def loss(self, inputs: LossInputs) -> LossOutput:
-        """-w · min(r A, clip(r, 1 - low, 1 + high) A) + β · KL, per token (PPO, arXiv 1707.06347 eq. 7).
+    # ── loss ────────────────────────────────────────────────────────────────────────────────────────────
 
-        r = π/π_old; w = min(π_prox/μ, cap) with TIS, else 1.
-        """
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        """w · surrogate + β · KL per token; 0 where a correction masks. See `surrogate` and `corrections`."""
         config = self._config
-        advantage = inputs.streams["advantage"].to(inputs.logprobs.dtype)
-        log_ratio = inputs.logprobs - inputs.streams[self._old]
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-        per_token = -torch.minimum(ratio * advantage, clipped * advantage)
-        metrics: dict[str, Tensor] = {
-            "clip_fraction": (clipped * advantage < ratio * advantage).to(ratio.dtype),
-            "policy_kl": torch.expm1(log_ratio) - log_ratio,
-        }
-        if config.tis:
-            weight = tis_weight(inputs.streams["proximal"], inputs.streams["behaviour"], config.tis.cap)
-            per_token = per_token * weight
-            metrics["tis_weight"] = weight
+        old = inputs.streams["behaviour"]
+        correction = None
+        if corrects(config):
+            proximal = self.proximal(inputs)
+            correction = correct(config, proximal, inputs)
+            old = proximal if weighs(config) else old
+        log_ratio = inputs.logprobs - old
+        per_token, metrics = self.surrogate(log_ratio, inputs.streams["advantage"].to(log_ratio.dtype), inputs)
+        cut = log_ratio.detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        metrics["policy_kl"] = torch.expm1(cut) - cut
+        if correction:
+            per_token = per_token * correction.weight
+            metrics |= correction.metrics
         if self._kl and self._kl.where == "loss":
             penalty = kl_estimate(self._kl.estimator, inputs.logprobs, inputs.streams["reference"])
             per_token = per_token + self._kl.coefficient * penalty
             metrics["reference_kl"] = penalty.detach()
+        if correction:
+            per_token = torch.where(correction.kept, per_token, 0.0)
         return LossOutput(per_token, metrics)
 
+    def surrogate(self, log_ratio: Tensor, advantage: Tensor, inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """-min(r A, clip(r, 1 - low, 1 + high) A), per token (PPO, arXiv 1707.06347 eq. 7), and metrics.
 
-def tis_weight(proximal: Tensor, behaviour: Tensor, cap: float) -> Tensor:
-    """min(π_prox / μ, cap) per token, without gradient."""
-    return (proximal - behaviour).exp().clamp(max=cap).detach()
+        Args:
+            log_ratio: log π - log π_old, `[tokens]`, with gradient.
+            advantage: `[tokens]`.
+            inputs: what else a loss sees.
+        """
+        return clipped(ratio_of(log_ratio), advantage, self._config)
+
+    def proximal(self, inputs: LossInputs) -> Tensor:
+        """Log-probs of the proximal policy, `[tokens]`, without gradient; see `PolicyGradientConfig.proximal`."""
+        if self._config.proximal == "scored":
+            return inputs.streams["proximal"]
+        current = inputs.logprobs.detach()
+        if self._config.proximal == "current":
+            return current
+        lag = inputs.streams["lag"].clamp(min=0).to(current.dtype)
+        behaviour = inputs.streams["behaviour"]
+        return behaviour + lag / (lag + 1) * (current - behaviour)
+
+
+def clipped(ratio: Tensor, advantage: Tensor, config: PolicyGradientConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate as a loss, and the share of tokens whose gradient it cuts off, `[tokens]` each."""
+    cut = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    per_token = -torch.minimum(ratio * advantage, cut * advantage)
+    return per_token, {"clip_fraction": (cut * advantage < ratio * advantage).to(ratio.dtype)}

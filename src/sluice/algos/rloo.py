@@ -10,20 +10,11 @@ from numpy.typing import NDArray
 from sluice.algos.base import Advantages, per_episode
 from sluice.algos.grpo import centre
 from sluice.algos.policy import PolicyGradient
-from sluice.config.algos import RLOOConfig
-from sluice.types import Group, Normaliser
+from sluice.types import Group
 
 
 class RLOO(PolicyGradient):
     """A_i = R_i - mean_{j≠i} R_j = n/(n-1) · (R_i - mean); zero for a single valid member."""
-
-    def __init__(self, config: RLOOConfig) -> None:
-        super().__init__(config)
-        self._normaliser = config.normaliser
-
-    @property
-    def normaliser(self) -> Normaliser:
-        return self._normaliser
 
     def credit(self, groups: Sequence[Group]) -> Advantages:
         return per_episode(groups, [leave_one_out(returns) for returns in self.returns(groups)])

@@ -13,11 +13,12 @@ lineage: never from counters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sluice.config.data import GateConfig, OnStale
 from sluice.errors import DataError
@@ -52,7 +53,7 @@ class Gate:
             lag_of: lag of a version against the one in use.
 
         Returns:
-            The samples with stale tokens at weight 0, and what was counted.
+            The samples with a `lag` stream and stale tokens at weight 0, and what was counted.
 
         Raises:
             DataError: something is stale although the gate waits; that is a defect, not a policy.
@@ -60,6 +61,7 @@ class Gate:
         codes = {int(code) for sample in samples for code in np.unique(sample["version"]) if code >= 0}
         lags = {code: lag_of(Version.from_code(code)) for code in codes}
         oldest = max(lags.values(), default=0)
+        samples = tuple(sample.with_streams(lag=_lag_stream(sample, lags)) for sample in samples)
         stale = [code for code, lag in lags.items() if lag > self.config.max_lag]
         if not stale:
             return Judgement(samples, oldest, 0, "")
@@ -78,6 +80,14 @@ class Gate:
             judged.append(sample.with_streams(weight=np.where(old, 0.0, sample["weight"])))
         reason = f"stale: lag {oldest} > {self.config.max_lag}"
         return Judgement(tuple(judged), oldest, masked, reason if drop else "")
+
+
+def _lag_stream(sample: TrainSample, lags: Mapping[int, int]) -> NDArray[np.int32]:
+    """Lag of every sampled token, -1 elsewhere, shape `[len(sample)]`."""
+    stream = np.full(len(sample), -1, np.int32)
+    for code, lag in lags.items():
+        stream[sample["version"] == code] = lag
+    return stream
 
 
 @dataclass(frozen=True, slots=True)
