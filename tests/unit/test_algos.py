@@ -12,12 +12,11 @@ from sluice.algos.sft import SFT
 from sluice.config.algos import (
     DrGRPOConfig,
     GRPOConfig,
-    KLConfig,
     PythonAlgorithm,
     ReinforcePPConfig,
     RLOOConfig,
-    TISConfig,
 )
+from sluice.config.policy_gradient import KLConfig, TISConfig
 from sluice.errors import ConfigError
 from sluice.types import (
     Author,

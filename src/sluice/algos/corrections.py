@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sluice.algos.ratio import ratio_of, segment_has, segment_mean
-from sluice.config.algos import Band, PolicyGradientConfig
+from sluice.config.policy_gradient import Band, PolicyGradientConfig
 from sluice.types import LossInputs
 
 
@@ -37,19 +37,6 @@ class Correction:
     metrics: dict[str, Tensor]
 
 
-def weighs(config: PolicyGradientConfig) -> bool:
-    """Whether tokens are weighed by ρ, so that the loss's own ratio must begin at the proximal policy.
-
-    Masks alone leave that ratio at behaviour: it then corrects for the engine and for staleness itself.
-    """
-    return config.tis is not None or config.icepop is not None
-
-
-def corrects(config: PolicyGradientConfig) -> bool:
-    """Whether any correction is on, so that a proximal policy is needed."""
-    return weighs(config) or config.sequence_mask is not None or config.veto is not None
-
-
 def correct(config: PolicyGradientConfig, proximal: Tensor, inputs: LossInputs) -> Correction:
     """Weight and mask of every token; all masks apply, and ρ weighs once however many parts ask for it.
 
@@ -62,10 +49,9 @@ def correct(config: PolicyGradientConfig, proximal: Tensor, inputs: LossInputs) 
     rho = ratio_of(log_rho)
     weight, kept = torch.ones_like(rho), torch.ones_like(rho, dtype=torch.bool)
     metrics: dict[str, Tensor] = {}
-    if config.tis or (config.icepop and config.icepop.weigh):
-        weight = tis_weight(proximal, behaviour, config.tis.cap if config.tis else None)
-    if config.tis:
-        metrics["tis_weight"] = weight
+    if config.weighs:
+        weight = tis_weight(proximal, behaviour, config.weight_cap)
+        metrics["correction_weight"] = weight
     masks: dict[str, Tensor] = {}
     if config.icepop:
         masks["icepop_masked"] = _outside(rho, config.icepop)

@@ -7,7 +7,7 @@ sampling.
 
 from __future__ import annotations
 
-from sluice.config.algos import OverlongConfig
+from sluice.config.policy_gradient import OverlongConfig
 from sluice.errors import ConfigError
 
 

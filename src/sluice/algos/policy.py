@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sluice.algos.base import sampled_mask, total_reward
-from sluice.algos.corrections import correct, corrects, weighs
+from sluice.algos.corrections import correct
 from sluice.algos.kl import kl_estimate
 from sluice.algos.overlong import Overlong
 from sluice.algos.ratio import LARGEST_LOG_RATIO, ratio_of
-from sluice.config.algos import PolicyGradientConfig
+from sluice.config.policy_gradient import PolicyGradientConfig
 from sluice.types import Group, LossInputs, LossOutput, Normaliser, Scored, TrainSample
 
 
@@ -38,7 +38,7 @@ class PolicyGradient:
     @property
     def requires(self) -> frozenset[str]:
         needed: set[str] = set()
-        if corrects(self._config) and self._config.proximal == "scored":
+        if self._config.corrects and self._config.proximal == "scored":
             needed.add("proximal")
         if self._kl:
             needed.add("reference")
@@ -93,10 +93,10 @@ class PolicyGradient:
         config = self._config
         old = inputs.streams["behaviour"]
         correction = None
-        if corrects(config):
+        if config.corrects:
             proximal = self.proximal(inputs)
             correction = correct(config, proximal, inputs)
-            old = proximal if weighs(config) else old
+            old = proximal if config.around_proximal else old
         log_ratio = inputs.logprobs - old
         per_token, metrics = self.surrogate(log_ratio, inputs.streams["advantage"].to(log_ratio.dtype), inputs)
         cut = log_ratio.detach().clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
