@@ -342,6 +342,7 @@ STREAMS: Mapping[str, tuple[type[np.generic], float]] = {
     "reference": (np.float32, 0.0),
     "value": (np.float32, 0.0),
     "advantage": (np.float64, 0.0),
+    "return": (np.float64, 0.0),
     "weight": (np.float32, 0.0),
     "version": (np.int64, -1),
     "temperature": (np.float32, 1.0),
@@ -586,6 +587,22 @@ class LossInputs:
 
     logprobs: Tensor
     entropy: Tensor
+    streams: Mapping[str, Tensor]
+    weight: Tensor
+    sequence: Tensor
+    episode: Tensor
+    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ValueInputs:
+    """What a value loss sees of one micro-batch; as `LossInputs`, with values in the place of log-probs.
+
+    Attributes:
+        values: of the state before each token, `[tokens]`; carries the gradient.
+    """
+
+    values: Tensor
     streams: Mapping[str, Tensor]
     weight: Tensor
     sequence: Tensor

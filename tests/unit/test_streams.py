@@ -12,6 +12,9 @@ from pydantic import ValidationError
 from tests.tiny import tiny
 from train_cases import TEMPLATE, WORDS, make_samples, padded_logprobs, plain_model, scratch
 
+from sluice.algos.base import Algorithm
+from sluice.algos.grpo import GRPO
+from sluice.config.algos import GRPOConfig
 from sluice.config.model import ScratchConfig, TokenizerConfig
 from sluice.config.teachers import TeacherConfig
 from sluice.config.train import TrainConfig
@@ -28,13 +31,22 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scratch(tmp_path_factory.mktemp("policy"))
 
 
+def _needs(streams: set[str]) -> Algorithm:
+    """An algorithm that requires these streams and is else GRPO."""
+
+    class Needy(GRPO):
+        requires = frozenset(streams)  # type: ignore[assignment]
+
+    return Needy(GRPOConfig())
+
+
 def _teacher(path: Path, name: str = "big") -> list[TeacherConfig]:
     return [TeacherConfig(name=name, path=path)]
 
 
 def test_a_teacher_fills_its_stream_and_the_reference_stays_the_start(policy: Path, tmp_path: Path) -> None:
     big = scratch(tmp_path / "big", seed=7, model_type="llama", tie_word_embeddings=False, num_hidden_layers=3)
-    frozen = frozen_policies({"proximal", "reference", "teacher:big"}, _teacher(big), policy)
+    frozen = frozen_policies(_needs({"proximal", "reference", "teacher:big"}), _teacher(big), policy)
     assert frozen == {"teacher:big": big}
     trainer = TorchTrainer(TrainConfig(micro_batch_tokens=64), policy, total_steps=1, seed=0, frozen=frozen)
     samples = make_samples((12, 30, 7))
@@ -49,13 +61,15 @@ def test_a_teacher_fills_its_stream_and_the_reference_stays_the_start(policy: Pa
 
 def test_streams_that_nothing_fills(policy: Path) -> None:
     with pytest.raises(ConfigError, match=r"requires the stream 'referense'.*\n.*did you mean 'reference'"):
-        frozen_policies({"referense"}, [], policy)
+        frozen_policies(_needs({"referense"}), [], policy)
+    with pytest.raises(ConfigError, match=r"Needy requires the stream 'value', and does not say"):
+        frozen_policies(_needs({"value"}), [], policy)
     with pytest.raises(ConfigError, match=r"requires the teacher 'big', and teachers names none"):
-        frozen_policies({"teacher:big"}, [], policy)
+        frozen_policies(_needs({"teacher:big"}), [], policy)
     with pytest.raises(ConfigError, match=r"requires the teacher 'big', and teachers names 'small'"):
-        frozen_policies({"teacher:big"}, _teacher(policy, "small"), policy)
+        frozen_policies(_needs({"teacher:big"}), _teacher(policy, "small"), policy)
     with pytest.raises(ConfigError, match=r"teachers names 'big', which the algorithm does not ask for"):
-        frozen_policies({"reference"}, _teacher(policy), policy)
+        frozen_policies(_needs({"reference"}), _teacher(policy), policy)
 
 
 def _model(folder: Path, words: tuple[str, ...]) -> Path:
@@ -69,7 +83,7 @@ def _model(folder: Path, words: tuple[str, ...]) -> Path:
 def test_teachers_that_read_other_tokens(policy: Path, tmp_path: Path) -> None:
     def refuse(path: Path, says: str) -> None:
         with pytest.raises(ConfigError, match=says):
-            frozen_policies({"teacher:big"}, _teacher(path), policy)
+            frozen_policies(_needs({"teacher:big"}), _teacher(path), policy)
 
     refuse(tmp_path / "nowhere", "nowhere does not exist")
     (tmp_path / "empty").mkdir()
@@ -93,8 +107,8 @@ def test_a_teacher_with_fewer_embeddings(policy: Path, tmp_path: Path) -> None:
     rows = load_tokenizer(policy).vocab_size
     config.write_text(config.read_text().replace(f'"vocab_size": {rows}', '"vocab_size": 64'))
     with pytest.raises(ConfigError, match=f"a vocabulary of {rows}, smaller than the policy's 64"):
-        frozen_policies({"teacher:big"}, _teacher(policy), padded)
-    assert frozen_policies({"teacher:big"}, _teacher(padded), policy) == {"teacher:big": padded}
+        frozen_policies(_needs({"teacher:big"}), _teacher(policy), padded)
+    assert frozen_policies(_needs({"teacher:big"}), _teacher(padded), policy) == {"teacher:big": padded}
 
 
 def test_names_of_teachers(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from sluice.algos.dis import DIS
 from sluice.algos.dr_grpo import DrGRPO
 from sluice.algos.grpo import GRPO
 from sluice.algos.gspo import GSPO
+from sluice.algos.opd import OPD
+from sluice.algos.ppo import PPO
 from sluice.algos.reinforce_pp import ReinforcePP, ReinforcePPBaseline
 from sluice.algos.rloo import RLOO
 from sluice.config.algos import (
@@ -25,6 +27,8 @@ from sluice.config.algos import (
     ReinforcePPConfig,
     RLOOConfig,
 )
+from sluice.config.critic import PPOConfig
+from sluice.config.distillation import OPDConfig
 from sluice.plugins import check_protocol, load_object
 
 __all__ = ["Algorithm", "make_algorithm"]
@@ -58,6 +62,10 @@ def make_algorithm(config: AlgorithmConfig, *, max_new_tokens: int | None = None
             return ReinforcePP(config, max_new_tokens=max_new_tokens)
         case ReinforcePPBaselineConfig():
             return ReinforcePPBaseline(config, max_new_tokens=max_new_tokens)
+        case OPDConfig():
+            return OPD(config, max_new_tokens=max_new_tokens)
+        case PPOConfig():
+            return PPO(config, max_new_tokens=max_new_tokens)
         case PythonAlgorithm(path=path, params=params):
             algorithm = load_object(path, expects="an algorithm class")(**params)
             check_protocol(algorithm, Algorithm, path)

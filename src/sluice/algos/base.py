@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sluice.types import Group, LossInputs, LossOutput, Normaliser, Scored, TrainSample
+from sluice.config.critic import CriticConfig
+from sluice.types import Group, LossInputs, LossOutput, Normaliser, Scored, TrainSample, ValueInputs
 
 SampleKey: TypeAlias = tuple[str, int]
 Advantages: TypeAlias = Mapping[SampleKey, NDArray[np.float64]]
@@ -41,6 +42,24 @@ class Algorithm(Protocol):
         ...
 
     def loss(self, inputs: LossInputs) -> LossOutput: ...
+
+
+@runtime_checkable
+class ActorCritic(Algorithm, Protocol):
+    """An algorithm that requires the `value` stream and says how the model that fills it is trained.
+
+    Attributes:
+        critic: how it is trained.
+    """
+
+    @property
+    def critic(self) -> CriticConfig: ...
+
+    def targets(self, groups: Sequence[Group]) -> Advantages:
+        """What the critic is to predict before each token: the `return` stream, shaped as advantages are."""
+        ...
+
+    def value_loss(self, inputs: ValueInputs) -> LossOutput: ...
 
 
 def sampled_mask(sample: TrainSample) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@
         run.json          where everything stood: buffer, strategy, log cursor, lineage, counters
         model/            Hugging Face folder
         trainer/          optimizer, schedule, random state
+        critic/           the same and the weights of the value model, where there is one
 
 A checkpoint is written under a hidden name, flushed to disk, and renamed. Killed at any moment, the run has
 either the old checkpoints or the new one as well.
@@ -41,6 +42,10 @@ class Checkpoint:
     @property
     def trainer(self) -> Path:
         return self.folder / "trainer"
+
+    @property
+    def critic(self) -> Path:
+        return self.folder / "critic"
 
     def state(self) -> dict[str, Any]:
         """What `run.json` holds."""

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from sluice.config.base import Part
+from sluice.config.critic import PPOConfig
 from sluice.config.data import ImportPath
+from sluice.config.distillation import OPDConfig
 from sluice.config.policy_gradient import IcePopConfig, OverlongConfig, PolicyGradientConfig
 from sluice.types import Normaliser
 
@@ -184,6 +186,8 @@ AlgorithmConfig = Annotated[
     | RLOOConfig
     | ReinforcePPConfig
     | ReinforcePPBaselineConfig
+    | OPDConfig
+    | PPOConfig
     | PythonAlgorithm,
     Field(discriminator="type"),
 ]

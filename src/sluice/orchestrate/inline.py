@@ -27,6 +27,7 @@ from sluice.obs.view import View
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.folder import digest
 from sluice.orchestrate.journal import Journal
+from sluice.orchestrate.learner import Learner
 from sluice.orchestrate.loop import Loop, Parts, Progress
 from sluice.orchestrate.producer import Producer, Recovered
 from sluice.orchestrate.recovery import alive_episodes, alive_requests, first_alive, logged_episodes, logged_versions
@@ -37,15 +38,17 @@ from sluice.orchestrate.setup import (
     embedded_engine,
     initial_model,
     load_data,
+    make_critic,
     make_engine,
     make_strategy,
+    make_trainer,
     require,
 )
 from sluice.orchestrate.streams import frozen_policies
 from sluice.orchestrate.warm_start import fine_tune
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.engines.sglang import SGLangFleet
-from sluice.train.backends.torch import TorchTrainer
+from sluice.train.base import Critic, Trainer
 from sluice.types import Version
 from sluice.weights.lineage import Lineage
 from sluice.weights.store import WeightStore
@@ -86,7 +89,7 @@ class InlineRun:
             stack.callback(self._view.close)
 
             algorithm = make_algorithm(config.algorithm, max_new_tokens=config.rollout.sampling.max_new_tokens)
-            frozen = frozen_policies(algorithm.requires, config.teachers, initial_model(config, folder))
+            frozen = frozen_policies(algorithm, config.teachers, initial_model(config, folder))
             start = self._start_model(checkpoint, data)
             tokenizer = load_tokenizer(start)
             engine, sink = make_engine(
@@ -98,14 +101,8 @@ class InlineRun:
             )  # fmt: skip
             check_prompts(rollout.runner, data, config.rollout.sampling.max_new_tokens)
 
-            trainer = TorchTrainer(
-                config.train,
-                start,
-                total_steps=config.steps * algorithm.updates_per_batch,
-                seed=config.seed,
-                device=self._device,
-                frozen=frozen,
-            )
+            trainer = make_trainer(config, algorithm, start, device=self._device, frozen=frozen)
+            critic = make_critic(config, algorithm, start, device=self._device)
             gate = Gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
             buffer = Buffer(
                 gate,
@@ -114,7 +111,7 @@ class InlineRun:
                 filters=[make_filter(each) for each in config.data.filters],
             )
             lineage = Lineage(logged_versions(folder / "log") if self._resume else ())
-            progress, recovered = self._restore(checkpoint, buffer, lineage, trainer, journal)
+            progress, recovered = self._restore(checkpoint, buffer, lineage, trainer, critic, journal)
             producer = Producer(
                 rollout.runner, rubric, rollout.chat, journal, seed=config.seed, recovered=recovered,
                 may_use=self._may_use(lineage, gate), stall_seconds=config.limits.stall_seconds,
@@ -124,7 +121,9 @@ class InlineRun:
             parts = Parts(
                 sink=sink, producer=producer,
                 evaluator=make_evaluator(stack, config, rollout, journal, data) if data.held_out else None,
-                trainer=trainer, algorithm=algorithm, buffer=buffer, gate=gate, lineage=lineage,
+                trainer=trainer, critic=critic, algorithm=algorithm,
+                learner=Learner(trainer, algorithm, critic, micro_batch_tokens=config.train.micro_batch_tokens),
+                buffer=buffer, gate=gate, lineage=lineage,
                 store=WeightStore(folder / "weights", start, lineage),
                 checkpoints=checkpoints, journal=journal, sinks=sinks, view=self._view, timer=self._timer,
                 figures=engine.figures if isinstance(engine, SGLangFleet) else dict,
@@ -182,7 +181,8 @@ class InlineRun:
         checkpoint: Checkpoint | None,
         buffer: Buffer,
         lineage: Lineage,
-        trainer: TorchTrainer,
+        trainer: Trainer,
+        critic: Critic | None,
         journal: Journal,
     ) -> tuple[Progress, dict[str, Recovered]]:
         """Bring everything to where the checkpoint stood; find what the log holds beyond it."""
@@ -200,6 +200,8 @@ class InlineRun:
         alive = state["buffer"]
         buffer.load_state_dict(alive, alive_requests(log, alive), alive_episodes(alive, recovered))
         trainer.load_state(checkpoint.model, checkpoint.trainer)
+        if critic is not None:
+            critic.load_state(checkpoint.critic)
         self._timer.load_state_dict(state["timer"])
         journal.write_now(ResumeRecord(progress.step, int(state["cursor"])))
         return progress, recovered

@@ -32,10 +32,10 @@ from sluice.obs.view import View
 from sluice.orchestrate.batch_metrics import rollout_metrics, train_metrics
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.journal import Journal
+from sluice.orchestrate.learner import Learner
 from sluice.orchestrate.producer import Producer
-from sluice.train.base import StepStats, Trainer
-from sluice.train.packing import make_batch
-from sluice.types import Group, Outcome, Scored, TrainSample, Version
+from sluice.train.base import Critic, StepStats, Trainer
+from sluice.types import Group, Outcome, Scored, Version
 from sluice.weights.base import Sink
 from sluice.weights.lineage import Lineage
 from sluice.weights.store import WeightStore, activate
@@ -65,6 +65,8 @@ class Parts:
     producer: Producer
     evaluator: Evaluator | None
     trainer: Trainer
+    critic: Critic | None
+    learner: Learner
     algorithm: Algorithm
     buffer: Buffer
     gate: Gate
@@ -172,13 +174,14 @@ class Loop:
         step = progress.step + parts.algorithm.updates_per_batch
         judged, dispositions, gate_metrics = self._judge(groups, step)
         with self._phase("score"):
-            scored = self._score(judged)
+            scored = parts.learner.score(judged)
         with self._phase("train"):
-            stats = self._update(self._credit(scored))
+            stats, critic_metrics = parts.learner.update(scored, progress.batch)
+        progress.step += len(stats)
         version = await self.publish(*dispositions)
         parts.buffer.trained()
         progress.batch += 1
-        metrics = rollout_metrics(groups, self._dropped) | gate_metrics | train_metrics(stats)
+        metrics = rollout_metrics(groups, self._dropped) | gate_metrics | train_metrics(stats) | critic_metrics
         metrics["version/step"], metrics["version/attempt"] = version
         self._count(groups, stats)
         self._check_mismatch(metrics)
@@ -212,52 +215,6 @@ class Loop:
             "gate/masked_tokens": float(masked),
         }
         return judged, dispositions, metrics
-
-    def _score(self, groups: list[Group]) -> list[Group]:
-        """Fill the streams that the algorithm requires."""
-        requires = self._parts.algorithm.requires
-        if not requires:
-            return groups
-        samples = [s for group in groups for member in group.valid for s in member.samples]
-        scored = {sample.key: sample for sample in self._parts.trainer.score(samples, requires)}
-        return [
-            replace(
-                group,
-                members=tuple(
-                    replace(m, samples=tuple(scored.get(s.key, s) for s in m.samples)) for m in group.members
-                ),
-            )
-            for group in groups
-        ]
-
-    def _credit(self, groups: list[Group]) -> list[list[TrainSample]]:
-        """Samples with advantages, one list per optimizer update."""
-        algorithm = self._parts.algorithm
-        advantages = algorithm.credit(groups)
-        size = len(groups) // algorithm.updates_per_batch
-        return [
-            [
-                sample.with_streams(advantage=advantages[sample.key])
-                for group in groups[start : start + size]
-                for member in group.valid
-                for sample in member.samples
-            ]
-            for start in range(0, len(groups), size)
-        ]
-
-    def _update(self, updates: list[list[TrainSample]]) -> list[StepStats]:
-        parts, algorithm = self._parts, self._parts.algorithm
-        stats: list[StepStats] = []
-        for samples in updates:
-            batch = make_batch(
-                [sample for sample in samples if sample.num_trained_tokens],
-                budget=self._config.train.micro_batch_tokens,
-                normaliser=algorithm.normaliser,
-                constant=algorithm.constant,
-            )
-            stats.append(parts.trainer.step(batch, algorithm.loss))
-            self.progress.step += 1
-        return stats
 
     # ── limits, metrics, checkpoint ─────────────────────────────────────────────────────────────────────
 
@@ -324,11 +281,10 @@ class Loop:
                 "timer": parts.timer.state_dict(),
                 "cursor": parts.journal.sync(),
             }
-            parts.checkpoints.save(
-                progress.batch,
-                state,
-                {"model": parts.trainer.save_model, "trainer": parts.trainer.save_state},
-            )
+            write = {"model": parts.trainer.save_model, "trainer": parts.trainer.save_state}
+            if parts.critic is not None:
+                write["critic"] = parts.critic.save_state
+            parts.checkpoints.save(progress.batch, state, write)
             await parts.journal.write(CheckpointRecord(progress.step, self._in_use()))
 
 

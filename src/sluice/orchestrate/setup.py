@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sluice.algos.base import ActorCritic, Algorithm
 from sluice.config.data import Curriculum, DataConfig, GroupSampling, PythonStrategy
 from sluice.config.rollout import EmbeddedConfig, RolloutConfig
 from sluice.config.run import RunConfig
 from sluice.data.sources import load_prompts, split
 from sluice.data.strategy import CurriculumStrategy, GroupStrategy, Strategy
 from sluice.errors import DataError
-from sluice.models.build import load_model, make_scratch, read_config
+from sluice.models.build import load_model, make_scratch
 from sluice.plugins import check_protocol, load_object
 from sluice.rollout.engines.base import Engine
 from sluice.rollout.engines.embedded import EmbeddedEngine
-from sluice.rollout.engines.embedded.fit import check_config
 from sluice.rollout.engines.sglang import SGLangEngine, make_fleet
 from sluice.rollout.runners.base import Runner
+from sluice.train.backends.critic import TorchCritic
+from sluice.train.backends.torch import TorchTrainer
 from sluice.types import Prompt, Version
 from sluice.weights.base import Sink
 
@@ -100,6 +102,29 @@ def initial_model(config: RunConfig, folder: Path) -> Path:
     return made
 
 
+def make_trainer(
+    config: RunConfig, algorithm: Algorithm, start: Path, *, device: str, frozen: Mapping[str, Path]
+) -> TorchTrainer:
+    """The trainer of a run's policy.
+
+    Args:
+        start: the model of step 0.
+        frozen: folders of the policies that fill streams, see `TorchTrainer`.
+    """
+    alone = algorithm.critic.warmup_batches if isinstance(algorithm, ActorCritic) else 0
+    total = max(config.steps - alone, 0) * algorithm.updates_per_batch
+    return TorchTrainer(config.train, start, total_steps=total, seed=config.seed, device=device, frozen=frozen)
+
+
+def make_critic(config: RunConfig, algorithm: Algorithm, start: Path, *, device: str) -> TorchCritic | None:
+    """The value model that starts as the policy does; None for an algorithm without one."""
+    if not isinstance(algorithm, ActorCritic):
+        return None
+    chosen = algorithm.critic
+    total = config.steps * algorithm.updates_per_batch * chosen.updates
+    return TorchCritic(chosen, config.train, start, total_steps=total, device=device)
+
+
 def make_engine(
     config: RolloutConfig,
     model_folder: Path,
@@ -133,8 +158,7 @@ def embedded_engine(
     version: Version | None = None,
 ) -> EmbeddedEngine:
     """An embedded engine on the model of a folder; with `version` it serves these weights at once."""
-    check_config(read_config(model_folder), context_length=config.context_length)
-    model = load_model(model_folder, dtype=config.dtype, attn_implementation="eager")
+    model = load_model(model_folder, dtype=config.dtype, attn_implementation="sdpa")
     return EmbeddedEngine(model, tokenizer, config, device=device, version=version)
 
 

@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sluice.types import LossInputs, LossOutput, TrainBatch, TrainSample
+from sluice.types import LossInputs, LossOutput, TrainBatch, TrainSample, ValueInputs
 
 Loss: TypeAlias = Callable[[LossInputs], LossOutput]
 """Per-token loss of one micro-batch; see `LossOutput`."""
+
+ValueLoss: TypeAlias = Callable[[ValueInputs], LossOutput]
+"""The same of a critic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,5 +126,47 @@ class Trainer(Protocol):
         Raises:
             CheckpointError: files are missing, or of another architecture (named by the first field or
                 tensor that differs).
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CriticStats:
+    """What one update of a critic did; see `StepStats`. All zero when nothing was trained."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    metrics: Mapping[str, float]
+
+
+class Critic(Protocol):
+    """One value model in training. It knows no algorithm either: its loss is handed in."""
+
+    def score(self, samples: Sequence[TrainSample]) -> list[TrainSample]:
+        """Fill the `value` stream at the tokens that `Trainer.score` fills: the value before each, no gradient.
+
+        Raises:
+            TrainError: a sample is longer than a micro-batch.
+        """
+        ...
+
+    def step(self, batch: TrainBatch, loss: ValueLoss) -> CriticStats:
+        """One optimizer step over every micro-batch; a batch without a trained token changes nothing.
+
+        Raises:
+            TrainError: loss or gradient are not finite; nothing was updated.
+        """
+        ...
+
+    def save_state(self, folder: Path) -> None:
+        """Write everything: weights, moments, step count."""
+        ...
+
+    def load_state(self, folder: Path) -> None:
+        """Restore what `save_state` wrote. Training goes on bit for bit.
+
+        Raises:
+            CheckpointError: files are missing or damaged, or of another architecture.
         """
         ...

@@ -25,7 +25,7 @@ from sluice.train.backends.frozen import FrozenPolicies
 from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
 from sluice.train.base import Loss, StepStats
-from sluice.train.packed_model import PackedModel, choose_attention, make_pack
+from sluice.train.packed_model import PackedModel, make_pack, probe
 from sluice.train.packing import assign, check_fit
 from sluice.train.totals import MicroResult, StepTotals, run_loss
 from sluice.types import MicroBatch, TrainBatch, TrainSample
@@ -63,14 +63,14 @@ class TorchTrainer:
         self._device = torch.device(device)
         torch.manual_seed(seed)
         exact = load_model(model_folder, dtype="float32", attn_implementation=PACKED_ATTENTION)
-        self._attention = choose_attention(exact, chunk=config.logprob_chunk, longest=config.micro_batch_tokens)
+        probe(PackedModel(exact, chunk=config.logprob_chunk))
         if config.dtype == "float32":
             model = exact
         else:
-            model = load_model(model_folder, dtype=config.dtype, attn_implementation=self._attention)
+            model = load_model(model_folder, dtype=config.dtype, attn_implementation=PACKED_ATTENTION)
         self.model = to_device(model, self._device)
         if config.activation_checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
         self._packed = PackedModel(model, chunk=config.logprob_chunk)
         self._frozen = FrozenPolicies({"reference": model_folder, **(frozen or {})}, config, self._device)
         parameters = dict(model.named_parameters())
@@ -193,7 +193,7 @@ class TorchTrainer:
             parameter.copy_(parameters[name])
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute each layer in the backward pass, with dropout still off.
 
     transformers checkpoints only layers in training mode, so the layers alone are put into it; their

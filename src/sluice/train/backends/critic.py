@@ -1,0 +1,184 @@
+"""The critic on the torch backend: the policy's architecture with a scalar head, in one process.
+
+Its layers start from the policy's first weights, its head from zero, so that every value is 0 before the
+first update. It has an optimizer of its own. The value at a token is read off the state that predicts the
+token, one position before: it does not know the token itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sluice.config.critic import CriticConfig
+from sluice.config.train import TrainConfig
+from sluice.errors import CheckpointError
+from sluice.models.build import load_model
+from sluice.models.heads import backbone, output_head
+from sluice.train.attention import PACKED_ATTENTION
+from sluice.train.backends.optimizer import MasterOptimizer
+from sluice.train.backends.state import read_state, write_state
+from sluice.train.backends.torch import checkpoint_activations
+from sluice.train.base import CriticStats, Loss, ValueLoss
+from sluice.train.logprob import TokenScores
+from sluice.train.packed_model import Pack, make_pack
+from sluice.train.packing import assign, check_fit
+from sluice.train.totals import StepTotals, run_loss
+from sluice.types import LossInputs, LossOutput, MicroBatch, TrainBatch, TrainSample, ValueInputs
+
+_WEIGHT = "weight/"
+
+
+class ValueModel(torch.nn.Module):
+    """A backbone and a linear head of one output, which is float32."""
+
+    def __init__(self, layers: torch.nn.Module, head: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layers = layers
+        self.head = head
+
+    def values(self, pack: Pack) -> Tensor:
+        """Values before the tokens in `pack.index`, shape `[scored]`."""
+        output = self.layers(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack.layout)
+        states: Tensor = output.last_hidden_state[0].index_select(0, pack.index - 1)
+        return self.head(states.to(self.head.weight.dtype)).squeeze(1)
+
+
+class TorchCritic:
+    """Implements `train.base.Critic`.
+
+    Args:
+        config: its optimizer.
+        train: precision and memory.
+        model_folder: Hugging Face folder of the policy's first weights.
+        total_steps: updates of the critic over the run, for its schedule.
+        device: where parameters live.
+    """
+
+    def __init__(
+        self,
+        config: CriticConfig,
+        train: TrainConfig,
+        model_folder: Path,
+        *,
+        total_steps: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._train = train
+        self._device = torch.device(device)
+        exact = _value_model(model_folder, train, torch.float32)
+        model = exact if train.dtype == "float32" else _value_model(model_folder, train, torch.bfloat16)
+        self.model = model.to(self._device)
+        parameters = dict(self.model.named_parameters())
+        wide = dict(exact.named_parameters())
+        masters = {name: wide[name].detach() for name, p in parameters.items() if p.dtype != torch.float32}
+        self.optimizer = MasterOptimizer(config.optimizer, parameters, masters, total_steps=total_steps)
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[TrainSample]) -> list[TrainSample]:
+        """See `Critic.score`."""
+        budget = self._train.micro_batch_tokens
+        check_fit(samples, budget)
+        filled = list(samples)
+        for members in assign([len(sample) for sample in samples], budget):
+            micro = MicroBatch(tuple(samples[i] for i in members), np.zeros(sum(len(samples[i]) for i in members)))
+            scored = (micro.stream("version") >= 0) | (micro.stream("weight") > 0)
+            values = np.zeros(micro.num_tokens, np.float32)
+            if scored.any():
+                values[scored] = self.model.values(make_pack(micro, scored, self._device)).float().cpu().numpy()
+            for index, part in zip(members, np.split(values, micro.cu_seqlens[1:-1]), strict=True):
+                filled[index] = samples[index].with_streams(value=part)
+        return filled
+
+    def step(self, batch: TrainBatch, loss: ValueLoss) -> CriticStats:
+        """See `Critic.step`."""
+        if not any(sample.num_trained_tokens for sample in batch.samples):
+            return CriticStats(0.0, 0.0, self.optimizer.next_lr, {})
+        self.optimizer.zero_grad()
+        totals = self._backward(batch, loss)
+        norm = self.optimizer.grad_norm()
+        grad_norm = float(norm)
+        if not np.isfinite(grad_norm):
+            self.optimizer.zero_grad()
+            raise totals.not_finite()
+        rate = self.optimizer.update(norm)
+        self.optimizer.zero_grad()
+        stats = totals.stats(grad_norm=grad_norm, lr=rate)
+        return CriticStats(stats.loss, grad_norm, rate, stats.metrics)
+
+    def gradients(self, batch: TrainBatch, loss: ValueLoss) -> dict[str, Tensor]:
+        """The gradient of the step's loss by parameter name, before clipping. For tests and inspection."""
+        self.optimizer.zero_grad()
+        self._backward(batch, loss)
+        gradients = {name: gradient.clone() for name, gradient in self.optimizer.gradients().items()}
+        self.optimizer.zero_grad()
+        return gradients
+
+    def _backward(self, batch: TrainBatch, loss: ValueLoss) -> StepTotals:
+        totals = StepTotals(batch)
+        for micro in batch.micro_batches:
+            trained = micro.stream("weight") > 0
+            if not trained.any():
+                continue
+            packed = make_pack(micro, trained, self._device)
+            values = self.model.values(packed)
+            scores = TokenScores(values, torch.zeros_like(values))
+            result = run_loss(micro, packed, scores, _of_values(loss), totals.streams)
+            result.loss.backward()
+            totals.add(micro, result)
+        return totals
+
+    def save_state(self, folder: Path) -> None:
+        """See `Critic.save_state`."""
+        weights = {f"{_WEIGHT}{name}": p.detach().cpu() for name, p in self.model.named_parameters()}
+        write_state(folder, {**self.optimizer.state(), **weights}, self.optimizer.steps_done)
+
+    @torch.no_grad()
+    def load_state(self, folder: Path) -> None:
+        """See `Critic.load_state`."""
+        tensors, steps_done = read_state(folder)
+        weights = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_WEIGHT)}
+        for name, parameter in self.model.named_parameters():
+            saved = weights.get(f"{_WEIGHT}{name}")
+            if saved is None or saved.shape != parameter.shape:
+                raise CheckpointError(
+                    f"the critic in {folder} has no tensor {name} of shape {tuple(parameter.shape)}",
+                    hint="resume with the model the run was started with, or start a new run",
+                )
+        self.optimizer.load_state(tensors, steps_done)
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(weights[f"{_WEIGHT}{name}"])
+
+
+def _value_model(folder: Path, train: TrainConfig, dtype: torch.dtype) -> ValueModel:
+    """`folder`'s layers in `dtype` under a head of zeros; torch's generator is where it was afterwards."""
+    causal = load_model(folder, dtype=dtype, attn_implementation=PACKED_ATTENTION)
+    if train.activation_checkpointing:
+        checkpoint_activations(causal)
+    with torch.random.fork_rng(devices=[]):
+        head = torch.nn.Linear(output_head(causal).weight.shape[1], 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return ValueModel(backbone(causal), head)
+
+
+def _of_values(loss: ValueLoss) -> Loss:
+    """`loss` for the code that runs policy losses: values stand where log-probs do."""
+
+    def over_values(inputs: LossInputs) -> LossOutput:
+        return loss(
+            ValueInputs(
+                values=inputs.logprobs,
+                streams=inputs.streams,
+                weight=inputs.weight,
+                sequence=inputs.sequence,
+                episode=inputs.episode,
+                num_sequences=inputs.num_sequences,
+            )
+        )
+
+    return over_values
