@@ -39,9 +39,9 @@ def test_the_walk_reaches_every_config_class() -> None:
             yield sub
             yield from subclasses(sub)
 
-    shared_bases = {"RewardBase", "GroupRewardBase", "PolicyGradientConfig", "GroupConfig", "Band"}
-    ours = {kind.__name__ for kind in subclasses(Part) if kind.__module__.startswith("sluice.config")}
-    assert ours - {part.__name__ for part in parts()} == shared_bases
+    ours = {kind for kind in subclasses(Part) if kind.__module__.startswith("sluice.config")}
+    unreached = ours - set(parts())
+    assert [kind for kind in unreached if not any(issubclass(part, kind) for part in parts())] == [], "no shared base"
 
 
 def test_every_field_is_documented() -> None:

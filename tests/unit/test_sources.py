@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sluice.config.data import Columns, JsonlSource, PythonSource, ReasoningGymSource
 from sluice.config.sft import JsonlDemonstrations, PythonDemonstrations
-from sluice.data.sources import jsonl, load_prompts, python, split
+from sluice.data.sources import load_prompts, python, split
 from sluice.data.sources.demonstrations import load_demonstrations
 from sluice.errors import ConfigError, DataError
 from sluice.types import Message, Prompt
@@ -101,8 +101,8 @@ def test_bad_rows(write: Write, caplog: pytest.LogCaptureFixture, row: Any, said
         load_prompts(JsonlSource(path=path))
     assert caught.value.hint
     with caplog.at_level(logging.WARNING):
-        loaded = jsonl.load(JsonlSource(path=path, on_bad_row="skip"))
-    assert ([p.messages[0].content for p in loaded.prompts], loaded.skipped) == (["good", "also good"], 1)
+        loaded = load_prompts(JsonlSource(path=path, on_bad_row="skip"))
+    assert [p.messages[0].content for p in loaded] == ["good", "also good"]
     assert "skipped 1 bad rows of 3, the first: " in caplog.text
 
 

@@ -6,16 +6,20 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sluice.config.base import Part
+from sluice.config.template import template_fields
 
 ImportPath = Annotated[str, Field(pattern=r"^[^:]+:[A-Za-z_][A-Za-z0-9_.]*$")]
 """`package.module:name` or `path/to/file.py:name`."""
 
 
 class Columns(Part):
-    """Which field of a row holds what. Missing optional fields stay empty."""
+    """Which field of a row holds what. Missing optional fields stay empty.
+
+    A dot leads into nested fields, and a number into lists: `reward_model.ground_truth`, `choices.0`.
+    """
 
     prompt: str = "prompt"
     """The question as a string, or a list of chat messages with `role` and `content`."""
@@ -25,20 +29,63 @@ class Columns(Part):
     """A stable name; rows without one are named by their content."""
 
 
-class JsonlSource(Part):
-    """One JSON object a line."""
+class RowSource(Part):
+    """What sources of rows share: how a row becomes a prompt."""
 
-    type: Literal["jsonl"] = "jsonl"
-    path: Path
-    """The file."""
     columns: Columns = Columns()
     """Column mapping."""
+    template: str = ""
+    """The question made of several columns, as a Python format string: `"{question}\\nChoices: {choices}"`. Takes
+    the place of `columns.prompt`; dots lead into nested fields, lists and tables are written as JSON."""
     task: str = "default"
     """Task name of these prompts; rewards may be limited to tasks."""
     system: str = ""
     """System message put before each question."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """Stop at an unreadable row, naming its line, or skip and count it."""
+    """Stop at an unreadable row, naming its place, or skip and count it."""
+
+    @field_validator("template")
+    @classmethod
+    def _template_can_be_filled(cls, value: str) -> str:
+        template_fields(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_question(self) -> Self:
+        if self.template and self.columns.prompt != Columns.model_fields["prompt"].default:
+            raise ValueError("template makes the question, so columns.prompt would not be read; leave one of them out")
+        return self
+
+
+class JsonlSource(RowSource):
+    """One JSON object a line."""
+
+    type: Literal["jsonl"] = "jsonl"
+    path: Path
+    """The file."""
+
+
+class ParquetSource(RowSource):
+    """Rows of Parquet files; needs `sluice-rl[data]`."""
+
+    type: Literal["parquet"] = "parquet"
+    path: Path
+    """The file, or a folder whose `*.parquet` files are read in the order of their names."""
+
+
+class DatasetsSource(RowSource):
+    """A folder of the Hugging Face `datasets` library on this machine; needs `sluice-rl[data]`.
+
+    Either what `save_to_disk` wrote, or a data set's own folder of Parquet, JSON or CSV files. Nothing is fetched.
+    """
+
+    type: Literal["datasets"] = "datasets"
+    path: Path
+    """The folder."""
+    split: str = "train"
+    """Which part of it."""
+    subset: str = ""
+    """Which configuration of a folder that has several; empty takes the default one."""
 
 
 class ReasoningGymSource(Part):
@@ -60,7 +107,7 @@ class ReasoningGymSource(Part):
 
 
 class PythonSource(Part):
-    """A function of your own that yields `sluice.types.Prompt`."""
+    """A function of your own, such as a generator, that yields `sluice.types.Prompt`."""
 
     type: Literal["python"] = "python"
     path: ImportPath
@@ -69,7 +116,9 @@ class PythonSource(Part):
     """Its keyword arguments."""
 
 
-SourceConfig = Annotated[JsonlSource | ReasoningGymSource | PythonSource, Field(discriminator="type")]
+SourceConfig = Annotated[
+    JsonlSource | ParquetSource | DatasetsSource | ReasoningGymSource | PythonSource, Field(discriminator="type")
+]
 
 
 class GroupSampling(Part):

@@ -1,15 +1,24 @@
-"""Where prompts come from: files, reasoning-gym, functions; and how some of them are held out."""
+"""Where prompts come from: files, folders, reasoning-gym, functions; and how some of them are held out."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import xxhash
 
-from sluice.config.data import JsonlSource, PythonSource, ReasoningGymSource, SourceConfig
-from sluice.data.sources import jsonl, python, reasoning_gym
+from sluice.config.data import (
+    DatasetsSource,
+    JsonlSource,
+    ParquetSource,
+    PythonSource,
+    ReasoningGymSource,
+    RowSource,
+    SourceConfig,
+)
+from sluice.data.sources import datasets, jsonl, parquet, python, reasoning_gym
+from sluice.data.sources.rows import Found, Reading, read_rows
 from sluice.errors import DataError
 from sluice.types import Prompt
 
@@ -26,12 +35,21 @@ def load_prompts(config: SourceConfig) -> list[Prompt]:
         ConfigError: a function or its parameters are wrong.
     """
     match config:
-        case JsonlSource():
-            return jsonl.load(config).prompts
+        case JsonlSource(path=path):
+            return _from_rows(config, str(path), jsonl.rows(path))
+        case ParquetSource(path=path):
+            return _from_rows(config, str(path), parquet.rows(path))
+        case DatasetsSource(path=path, split=part, subset=subset):
+            return _from_rows(config, f"{path} ({part})", datasets.rows(path, part, subset))
         case ReasoningGymSource():
             return reasoning_gym.load(config)
         case PythonSource():
             return python.load(config)
+
+
+def _from_rows(config: RowSource, name: str, found: Iterable[Found]) -> list[Prompt]:
+    rows, _ = read_rows(name, found, Reading.of(config))
+    return [row.prompt for row in rows]
 
 
 def split(prompts: Sequence[Prompt], eval_prompts: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from sluice.config.sft import DemonstrationConfig, JsonlDemonstrations, PythonDemonstrations
-from sluice.data.sources.jsonl import check_text, read_rows
+from sluice.data.sources import jsonl
 from sluice.data.sources.python import check_prompt, items
+from sluice.data.sources.rows import Reading, check_text, read_rows
 from sluice.errors import DataError
 from sluice.types import Prompt
 
@@ -28,10 +29,8 @@ def load_demonstrations(
     """
     match config:
         case JsonlDemonstrations():
-            rows, _ = read_rows(
-                config.path, config.columns, task="demonstration", system="", on_bad_row=config.on_bad_row,
-                need_answer=True,
-            )  # fmt: skip
+            reading = Reading(config.columns, "demonstration", on_bad_row=config.on_bad_row, need_answer=True)
+            rows, _ = read_rows(str(config.path), jsonl.rows(config.path), reading)
             return [(row.prompt, row.answer) for row in rows]
         case PythonDemonstrations():
             return _from_function(config, prompts, seed)

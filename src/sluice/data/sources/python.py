@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, cast
 
 from sluice.config.data import PythonSource
-from sluice.data.sources.jsonl import check_text
+from sluice.data.sources.rows import check_text
 from sluice.errors import ConfigError, DataError
 from sluice.plugins import describe, load_object, signature_problem
 from sluice.types import Message, Prompt

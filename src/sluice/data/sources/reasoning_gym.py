@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from sluice import gym
 from sluice.config.data import ReasoningGymSource
-from sluice.data.sources.jsonl import content_id
+from sluice.data.sources.rows import content_id
 from sluice.errors import ConfigError, DataError
 from sluice.types import Message, Prompt
 
