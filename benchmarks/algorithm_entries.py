@@ -26,9 +26,10 @@ class Entry:
 SHARED = (
     "model.scratch=none",
     "warm_start=none",
-    "steps=16",
+    "steps=12",
     "train.optimizer.warmup_steps=3",
     "evaluation.every=0",
+    "evaluation.samples=1",
     "evaluation.show=0",
     "checkpoint.every=0",
     "obs.live=false",

@@ -3,7 +3,7 @@
     python -m benchmarks.algorithms [--algorithms a,b] [--seeds 0,1,2] [--out FILE] [--jobs 1] [--folder FOLDER]
 
 The task is that of `recipes/demo.py`: two-digit sums by a model that mostly forgets to carry. Its fine-tuning is done
-once a seed; every algorithm then takes 16 batches of 32 groups of 8 answers, without an evaluation in between, and is
+once a seed; every algorithm then takes 12 batches of 32 groups of 8 answers, without an evaluation in between, and is
 measured on the 256 held-out questions before and after. Each run is a process of its own on one thread. A finished
 run is kept in the folder, so that an interrupted command goes on where it stood; a run whose recipe has changed since
 is made again. Prints a table; `--out` writes it as JSON and, beside it, as Markdown.

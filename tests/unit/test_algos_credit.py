@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,11 +27,12 @@ from sluice.config.algos import (
     RLOOConfig,
 )
 from sluice.config.data import GateConfig, OnStale, SpreadFilter
+from sluice.config.load import load_recipe
 from sluice.config.policy_gradient import KLConfig, OverlongConfig
 from sluice.data.filters import make_filter
 from sluice.data.gate import Gate
 from sluice.errors import ConfigError
-from sluice.types import Group, Scored, Version
+from sluice.types import Group, Normaliser, Scored, Version
 
 
 def advantages(config: AlgorithmConfig, groups: list[Group], max_new_tokens: int = 100) -> list[list[float]]:
@@ -110,6 +112,15 @@ def test_dynamic_sampling_judges_the_reward_and_not_the_length() -> None:
     assert keep(group(0, [0.0, 0.0], [10, 20])).startswith("equal_rewards")
     assert keep(group(0, [0.0, None, 0.0], [10, 10, 20])).startswith("equal_rewards")
     assert keep(group(0, [1.0, 0.0], [10, 20])) == ""
+
+
+def test_the_recipe_holds_all_four_parts_of_dapo() -> None:
+    config = load_recipe(str(Path(__file__).parents[2] / "recipes" / "dapo.py"))
+    assert isinstance(config.algorithm, DAPOConfig)
+    assert (config.algorithm.clip_low, config.algorithm.clip_high) == (0.2, 0.28)
+    assert config.algorithm.normaliser is Normaliser.TOKEN
+    assert config.algorithm.overlong.buffer == 6
+    assert config.data.filters == (SpreadFilter(),)
 
 
 def test_any_method_may_punish_length() -> None:
