@@ -13,7 +13,7 @@ from train_cases import make_samples, padded_logprobs, plain_model, scratch
 from sluice.errors import TrainError
 from sluice.models.build import load_model
 from sluice.train.attention import PACKED_ATTENTION, Bucket, layout, packed_attention
-from sluice.train.packed_model import PackedModel, make_pack, probe
+from sluice.train.packed_model import PackedModel, choose_attention, make_pack
 from sluice.types import MicroBatch
 
 torch.set_num_threads(1)
@@ -111,14 +111,16 @@ def test_what_it_cannot_do_is_refused(extra: dict[str, Any], says: str) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    [
-        {"model_type": "granite", "logits_scaling": 3.0},
-        {"model_type": "gemma2", "final_logit_softcapping": 2.0, "attn_logit_softcapping": None},
-        {"model_type": "cohere", "logit_scale": 0.2},
-    ],
+    [{"model_type": "granite", "logits_scaling": 3.0}, {"model_type": "cohere", "logit_scale": 0.2}],
 )
-def test_probe_finds_heads_that_are_not_linear(family: dict[str, Any], tmp_path: Path) -> None:
+def test_a_scaled_head_is_part_of_the_log_prob(family: dict[str, Any], tmp_path: Path) -> None:
     scratch(tmp_path, **family)
     model = load_model(tmp_path, dtype="float32", attn_implementation=PACKED_ATTENTION)
+    assert choose_attention(model, chunk=8, longest=64) == PACKED_ATTENTION
+
+
+def test_probe_finds_a_head_that_is_not_linear(tmp_path: Path) -> None:
+    scratch(tmp_path, model_type="gemma2", final_logit_softcapping=2.0, attn_logit_softcapping=None)
+    model = load_model(tmp_path, dtype="float32", attn_implementation=PACKED_ATTENTION)
     with pytest.raises(TrainError, match="gives other log-probs in a pack than alone"):
-        probe(PackedModel(model, chunk=8))
+        choose_attention(model, chunk=8, longest=64)

@@ -29,8 +29,9 @@ from sluice.nearest import nearest
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 """One of these makes a folder hold a tokenizer."""
 transformers_logging.disable_progress_bar()  # one line a shard, between our own lines
-_ALWAYS_ALLOWED = frozenset({"model_type", "rope_theta", "rope_scaling"})
-"""Keys every config class takes besides its fields; the two rope keys are folded into `rope_parameters`."""
+_ALWAYS_ALLOWED = frozenset({"model_type", "rope_theta", "rope_scaling", "head_dim"})
+"""Keys every config class takes besides its fields: the two rope keys are folded into `rope_parameters`, and models
+whose config has no `head_dim` ask for it all the same."""
 
 
 def torch_dtype(name: DType) -> torch.dtype:
@@ -189,7 +190,12 @@ def check_model_folder(path: Path) -> None:
 
 
 def read_config(path: Path) -> PretrainedConfig:
-    """The config of a model folder that `check_model_folder` lets pass."""
+    """The config of a local model folder.
+
+    Raises:
+        ConfigError: the folder is not that of a causal language model.
+    """
+    check_model_folder(path)
     kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
     return CONFIG_MAPPING[kind].from_pretrained(path, local_files_only=True)
 

@@ -12,14 +12,17 @@ from sluice.errors import TrainError
 
 
 class Head(NamedTuple):
-    """logits = hidden · weightᵀ + bias. `weight` is `[vocabulary, hidden size]`, `bias` `[vocabulary]`."""
+    """logits = scale · (hidden · weightᵀ + bias). `weight` is `[vocabulary, hidden size]`, `bias` `[vocabulary]`."""
 
     weight: Tensor
     bias: Tensor | None
+    scale: float
 
 
 def output_head(model: PreTrainedModel) -> Head:
-    """The linear head of `model`. Whether logits are really nothing else is for the caller to probe.
+    """The linear head of `model` with the scale that its config names (Cohere, Granite).
+
+    Whether logits are really nothing else is for the caller to probe.
 
     Raises:
         TrainError: the head is not a linear layer.
@@ -30,7 +33,9 @@ def output_head(model: PreTrainedModel) -> Head:
             f"the output head of {type(model).__name__} is {type(head).__name__}, not a linear layer",
             hint="this model family is not supported by the torch trainer",
         )
-    return Head(head.weight, head.bias)
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return Head(head.weight, head.bias, scale)
 
 
 def backbone(model: PreTrainedModel) -> torch.nn.Module:

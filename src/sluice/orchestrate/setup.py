@@ -15,10 +15,11 @@ from sluice.config.run import RunConfig
 from sluice.data.sources import load_prompts, split
 from sluice.data.strategy import CurriculumStrategy, GroupStrategy, Strategy
 from sluice.errors import DataError
-from sluice.models.build import load_model, make_scratch
+from sluice.models.build import load_model, make_scratch, read_config
 from sluice.plugins import check_protocol, load_object
 from sluice.rollout.engines.base import Engine
 from sluice.rollout.engines.embedded import EmbeddedEngine
+from sluice.rollout.engines.embedded.fit import check_config
 from sluice.rollout.engines.sglang import SGLangEngine, make_fleet
 from sluice.rollout.runners.base import Runner
 from sluice.train.backends.critic import TorchCritic
@@ -158,7 +159,8 @@ def embedded_engine(
     version: Version | None = None,
 ) -> EmbeddedEngine:
     """An embedded engine on the model of a folder; with `version` it serves these weights at once."""
-    model = load_model(model_folder, dtype=config.dtype, attn_implementation="sdpa")
+    check_config(read_config(model_folder), context_length=config.context_length)
+    model = load_model(model_folder, dtype=config.dtype, attn_implementation="eager")
     return EmbeddedEngine(model, tokenizer, config, device=device, version=version)
 
 

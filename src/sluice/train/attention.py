@@ -58,8 +58,11 @@ class Moves(NamedTuple):
 class PackLayout:
     """Where the samples of a pack lie. Handed to the model as the keyword `pack`; built once per pack.
 
-    `moves` is None when all samples are equally long: they already are one bucket without padding.
+    `moves` is None when all samples are equally long: they already are one bucket without padding. `lengths` are in
+    the order of the samples.
     """
+
+    lengths: tuple[int, ...]
 
     buckets: tuple[Bucket, ...]
     moves: Moves | None
@@ -85,8 +88,8 @@ def layout(lengths: Sequence[int], device: torch.device) -> PackLayout:
     buckets = tuple(Bucket(len(group), lengths[group[0]]) for group in groups)
     longest = buckets[0].longest if buckets else 0
     if sum(bucket.slots for bucket in buckets) == sum(lengths) and len(buckets) <= 1:
-        return PackLayout(buckets, None, longest)
-    return PackLayout(buckets, _moves(lengths, groups, device), longest)
+        return PackLayout(tuple(lengths), buckets, None, longest)
+    return PackLayout(tuple(lengths), buckets, _moves(lengths, groups, device), longest)
 
 
 def _moves(lengths: Sequence[int], groups: Sequence[Sequence[int]], device: torch.device) -> Moves:

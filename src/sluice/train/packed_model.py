@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -70,10 +70,10 @@ def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device) -> Pa
 
 
 class PackedModel:
-    """Runs a model loaded with `attn_implementation="sluice_packed"`.
+    """Runs a model on packs: all samples in one pass where its attention is `sluice_packed`, else one after the other.
 
     Args:
-        model: on its device.
+        model: on its device, with an attention that `choose_attention` returned.
         chunk: tokens whose logits exist at one time.
     """
 
@@ -84,30 +84,63 @@ class PackedModel:
 
     def scores(self, pack: Pack) -> TokenScores:
         """Log-prob and entropy of the tokens in `pack.index`, shape `[scored]`; with gradient if enabled."""
-        output = self._backbone(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack.layout)
-        hidden: Tensor = output.last_hidden_state[0]
         head = output_head(self.model)
         return token_scores(
-            hidden.index_select(0, pack.index - 1),
+            self._hidden(pack).index_select(0, pack.index - 1),
             head.weight,
             head.bias,
             pack.ids[0].index_select(0, pack.index),
-            pack.temperature,
+            pack.temperature / head.scale,
             chunk=self._chunk,
         )
 
+    def _hidden(self, pack: Pack) -> Tensor:
+        """Hidden states, `[tokens, hidden size]`."""
+        if self.model.config._attn_implementation == PACKED_ATTENTION:
+            output = self._backbone(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack.layout)
+            return output.last_hidden_state[0]
+        parts = zip(pack.ids.split(pack.layout.lengths, 1), pack.positions.split(pack.layout.lengths, 1), strict=True)
+        return torch.cat(
+            [
+                self._backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
+                for ids, positions in parts
+            ]
+        )
 
-@torch.no_grad()
-def probe(packed: PackedModel) -> None:
-    """Compare two short packed samples with transformers' own full forward pass of each, in float32.
 
-    This is what finds a model whose logits are scaled or capped, whose layers carry state along the pack
-    (state-space models), or whose attention is not what `packed_attention` does.
+def choose_attention(model: PreTrainedModel, *, chunk: int, longest: int) -> str:
+    """Find and set the attention under which a pack gives what its samples give alone.
+
+    `sluice_packed` if it can be: all samples of a pack in one pass. Otherwise transformers' own, one sample at a time:
+    sliding windows, sinks, softcapping, sparse attention, layers with a state.
+
+    Args:
+        chunk: see `PackedModel`.
+        longest: most tokens that a sample may have; a window that is no narrower is full attention.
+
+    Returns:
+        The name for `load_model(attn_implementation=...)`.
 
     Raises:
-        TrainError: they differ; names the model and by how much.
+        TrainError: none gives what the model's own forward pass does.
     """
-    model = packed.model
+    packed = PackedModel(model, chunk=chunk)
+    own = "sdpa" if model._supports_sdpa else "eager"
+    model.set_attn_implementation(PACKED_ATTENTION)
+    try:
+        probe(packed, longest=longest)
+    except (TrainError, TypeError) as error:  # TypeError: the model computes on a mask, and there is none
+        model.set_attn_implementation(own)
+        try:
+            probe(packed, longest=longest)
+        except TrainError as worse:
+            raise worse from error
+        return own
+    return PACKED_ATTENTION
+
+
+def _probe_pack(model: PreTrainedModel, *, longest: int) -> tuple[Pack, list[Tensor]]:
+    """Two short samples, `[length]` each, and their pack, which says that its longest has `longest` tokens."""
     vocabulary = output_head(model).weight.shape[0]
     device = next(model.parameters()).device
     samples = [
@@ -116,12 +149,31 @@ def probe(packed: PackedModel) -> None:
     ids = torch.cat(samples)
     positions = torch.cat([torch.arange(len(sample), device=device) for sample in samples])
     index = torch.nonzero(positions).squeeze(1)
-    lengths = [len(sample) for sample in samples]
-    pack = Pack(ids[None], positions[None], layout(lengths, device), index, torch.ones(len(index), device=device))
+    shape = layout([len(sample) for sample in samples], device)
+    shape = replace(shape, longest=max(shape.longest, longest))
+    return Pack(ids[None], positions[None], shape, index, torch.ones(len(index), device=device)), samples
+
+
+@torch.no_grad()
+def probe(packed: PackedModel, *, longest: int = 0) -> None:
+    """Compare two short packed samples with transformers' own full forward pass of each, in float32.
+
+    This is what finds a model whose logits are scaled or capped, whose layers carry state along the pack
+    (state-space models), or whose attention is not what the one that is set does.
+
+    Args:
+        longest: most tokens that a sample may have; layers with a narrower window are found too.
+
+    Raises:
+        TrainError: they differ; names the model and by how much.
+    """
+    model = packed.model
+    pack, samples = _probe_pack(model, longest=longest)
     ours = packed.scores(pack).logprob
+    chosen = str(model.config._attn_implementation)
     model.set_attn_implementation("eager")
     alone = [model(input_ids=sample[None], use_cache=False).logits[0, :-1].float() for sample in samples]
-    model.set_attn_implementation(PACKED_ATTENTION)
+    model.set_attn_implementation(chosen)
     theirs = torch.cat(
         [
             logits.log_softmax(-1).gather(1, sample[1:, None])[:, 0]

@@ -10,7 +10,7 @@ import torch
 from sluice.config.train import TrainConfig
 from sluice.models.build import load_model, to_device
 from sluice.train.attention import PACKED_ATTENTION
-from sluice.train.packed_model import PackedModel, probe
+from sluice.train.packed_model import PackedModel, choose_attention
 
 
 class FrozenPolicies:
@@ -47,8 +47,8 @@ class FrozenPolicies:
     def _load(self, folder: Path) -> PackedModel:
         config = self._config
         model = load_model(folder, dtype="float32", attn_implementation=PACKED_ATTENTION)
-        probe(PackedModel(model, chunk=config.logprob_chunk))
+        attention = choose_attention(model, chunk=config.logprob_chunk, longest=config.micro_batch_tokens)
         if config.dtype != "float32":
-            model = load_model(folder, dtype=config.dtype, attn_implementation=PACKED_ATTENTION)
+            model = load_model(folder, dtype=config.dtype, attn_implementation=attention)
         model.requires_grad_(False)
         return PackedModel(to_device(model, self._device), chunk=config.logprob_chunk)

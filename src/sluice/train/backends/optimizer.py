@@ -100,8 +100,9 @@ class MasterOptimizer:
         for name, master in self._masters.items():
             if master is not self._model[name]:
                 tensors[f"master/{name}"] = master.detach().cpu()
-            for key, value in self._adamw.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = value.detach().cpu()
+            if self.steps_done:
+                state = self._adamw.state.get(master) or _fresh(master)
+                tensors |= {f"{key}/{name}": value.detach().cpu() for key, value in state.items()}
         return tensors
 
     @torch.no_grad()
@@ -138,6 +139,11 @@ class MasterOptimizer:
                 }
         self._round_back()
         self.steps_done = steps_done
+
+
+def _fresh(master: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter that no gradient has reached, such as the indexer of sparse attention."""
+    return {"step": torch.tensor(0.0), **{key: torch.zeros_like(master) for key in _MOMENTS}}
 
 
 def _collector(master: torch.nn.Parameter) -> Callable[[Tensor], None]:

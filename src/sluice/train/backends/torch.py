@@ -25,7 +25,7 @@ from sluice.train.backends.frozen import FrozenPolicies
 from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
 from sluice.train.base import Loss, StepStats
-from sluice.train.packed_model import PackedModel, make_pack, probe
+from sluice.train.packed_model import PackedModel, choose_attention, make_pack
 from sluice.train.packing import assign, check_fit
 from sluice.train.totals import MicroResult, StepTotals, run_loss
 from sluice.types import MicroBatch, TrainBatch, TrainSample
@@ -63,11 +63,11 @@ class TorchTrainer:
         self._device = torch.device(device)
         torch.manual_seed(seed)
         exact = load_model(model_folder, dtype="float32", attn_implementation=PACKED_ATTENTION)
-        probe(PackedModel(exact, chunk=config.logprob_chunk))
+        self._attention = choose_attention(exact, chunk=config.logprob_chunk, longest=config.micro_batch_tokens)
         if config.dtype == "float32":
             model = exact
         else:
-            model = load_model(model_folder, dtype=config.dtype, attn_implementation=PACKED_ATTENTION)
+            model = load_model(model_folder, dtype=config.dtype, attn_implementation=self._attention)
         self.model = to_device(model, self._device)
         if config.activation_checkpointing:
             checkpoint_activations(model)

@@ -25,11 +25,12 @@ from transformers import PreTrainedModel
 
 from sluice.config.rollout import EmbeddedConfig
 from sluice.errors import EngineError, Unroutable, WeightsError
+from sluice.models.names import checkpoint_views
 from sluice.rollout.engines.base import Capabilities, Finish, GenerateRequest, Generation, PauseMode
 from sluice.rollout.engines.embedded.activate import activate
 from sluice.rollout.engines.embedded.admission import Limits, admit, context_length
 from sluice.rollout.engines.embedded.kv import BlockPool
-from sluice.rollout.engines.embedded.runner import Runner, engine_model, named_weights
+from sluice.rollout.engines.embedded.runner import Runner, engine_model
 from sluice.rollout.engines.embedded.sampler import draw
 from sluice.rollout.engines.embedded.scheduler import Scheduler
 from sluice.rollout.engines.embedded.sequence import Sequence
@@ -80,8 +81,9 @@ class EmbeddedEngine:
             block_tokens=config.block_tokens,
             dtype=getattr(torch, config.dtype),
             device=torch.device(device),
+            context_length=config.context_length,
         )
-        self._weights = named_weights(model)
+        self._weights = checkpoint_views(model)
         self._limits = Limits(
             context_length=context_length(config.context_length, self._runner.context_length, self._runner.name),
             kv_tokens=num_blocks * config.block_tokens,

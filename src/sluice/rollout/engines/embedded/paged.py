@@ -32,8 +32,9 @@ edge.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,41 +57,57 @@ PIECE = 192
 GROUP_ELEMENTS = 1 << 23
 """Most scores, and most gathered keys and values, that are held at once (float32)."""
 
-_CONTEXT = "sluice_context"
+CONTEXT = "sluice_context"
+"""The keyword with which a forward pass hands its `ForwardContext` to `paged_attention`."""
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sinks", "head_mask")
 
 
+class KVShape(NamedTuple):
+    """What one layer caches for a token: `heads` keys of `key_dim` numbers and values of `value_dim`.
+
+    The two differ in multi-head latent attention.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def width(self) -> int:
+        """Numbers that a key or a value takes in the cache; the shorter of the two is filled up with zeros."""
+        return max(self.key_dim, self.value_dim)
+
+
 class PagedCache:
-    """Keys and values: one tensor a layer, shape `[2 * kv_heads, blocks * block_tokens, head_dim]`.
+    """Keys and values: one tensor a layer, shape `[2 * kv_heads, blocks * block_tokens, width]`.
 
     The first half of the leading dimension holds keys, the second values. Block 0 takes the padding.
     """
 
     def __init__(
         self,
+        shapes: Sequence[KVShape],
         *,
-        num_layers: int,
         num_blocks: int,
         block_tokens: int,
-        kv_heads: int,
-        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.block_tokens = block_tokens
-        self.kv_heads = kv_heads
-        self.head_dim = head_dim
-        shape = (2 * kv_heads, (num_blocks + 1) * block_tokens, head_dim)
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.shapes = tuple(shapes)
+        slots = (num_blocks + 1) * block_tokens
+        self.layers = [
+            torch.zeros((2 * shape.heads, slots, shape.width), dtype=dtype, device=device) for shape in shapes
+        ]
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store `[kv_heads, tokens, head_dim]` keys and values at `slots` `[tokens]`."""
+        """Store `[kv_heads, tokens, width]` keys and values at `slots` `[tokens]`."""
         self.layers[layer].index_copy_(1, slots, torch.cat((key, value)))
 
     def gather(self, layer: int, blocks: Tensor) -> Tensor:
-        """The keys and values of `blocks` `[n]`: `[2 * kv_heads, n, block_tokens * head_dim]`."""
+        """The keys and values of `blocks` `[n]`: `[2 * kv_heads, n, block_tokens * width]`."""
         cache = self.layers[layer]
-        return cache.view(cache.shape[0], -1, self.block_tokens * self.head_dim).index_select(1, blocks)
+        return cache.view(cache.shape[0], -1, self.block_tokens * cache.shape[2]).index_select(1, blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,45 +219,55 @@ def paged_attention(
     """The attention function that transformers calls in every layer.
 
     Args:
-        query: `[1, heads, tokens, head_dim]`; key, value: `[1, kv_heads, tokens, head_dim]`.
-        kwargs: carries the `ForwardContext`.
+        query: `[1, heads, tokens, key_dim]`; key, value: `[1, kv_heads, tokens, key_dim or value_dim]`.
+        kwargs: carries the `ForwardContext`, or a dictionary that takes the layers' `KVShape`s.
 
     Returns:
-        `[1, tokens, heads, head_dim]`, and no attention weights.
+        `[1, tokens, heads, value_dim]`, and no attention weights.
 
     Raises:
         EngineError: the layer asks for something that full causal attention is not.
     """
-    context = kwargs.get(_CONTEXT)
-    if not isinstance(context, ForwardContext):
+    context = kwargs.get(CONTEXT)
+    if not isinstance(context, (ForwardContext, dict)):
         raise EngineError(f"{type(module).__name__} does not pass keyword arguments on to its attention")
     asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if asked or attention_mask is not None or not getattr(module, "is_causal", True):
         what = asked or (["a mask"] if attention_mask is not None else ["attention that is not causal"])
         raise EngineError(f"{type(module).__name__} wants {', '.join(what)}, which paged attention lacks")
-    cache = context.cache
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    wanted = (cache.kv_heads, query.shape[2], cache.head_dim)
-    if key.shape[1:] != wanted or value.shape[1:] != wanted:
+    shape = KVShape(key.shape[1], key.shape[3], value.shape[3])
+    tokens, heads, head_dim = query.shape[2], query.shape[1], query.shape[3]
+    if isinstance(context, dict):
+        context[layer] = shape
+        return query.new_zeros(1, tokens, heads, shape.value_dim), None
+    cache = context.cache
+    if shape != cache.shapes[layer] or key.shape[2] != tokens:
         raise EngineError(
-            f"{type(module).__name__} has keys {tuple(key.shape[1:])} and values {tuple(value.shape[1:])}; "
-            f"a standard KV cache of this model would be {wanted}"
+            f"{type(module).__name__} has keys {tuple(key.shape[1:])} and values {tuple(value.shape[1:])} for {tokens} "
+            f"tokens; the cache of this layer is made for {cache.shapes[layer]}"
         )
     context.layers.append(layer)
-    cache.write(layer, context.slots, key[0], value[0])
-    tokens, heads, head_dim = query.shape[2], query.shape[1], query.shape[3]
+    cache.write(layer, context.slots, _widen(key[0], shape.width), _widen(value[0], shape.width))
     scaled = query[0].transpose(0, 1).float() * (head_dim**-0.5 if scaling is None else scaling)
-    out = torch.zeros((tokens, heads, head_dim), dtype=torch.float32, device=query.device)
+    scaled = _widen(scaled, shape.width)
+    out = torch.zeros((tokens, heads, shape.width), dtype=torch.float32, device=query.device)
     for tiles in context.tiles:
         out.index_copy_(0, tiles.queries, _attend(scaled, cache, layer, tiles))
-    return out.to(query.dtype)[None], None
+    return out[:, :, : shape.value_dim].to(query.dtype)[None], None
+
+
+def _widen(states: Tensor, width: int) -> Tensor:
+    """`[…, dim]` with zeros after it, up to `width`."""
+    missing = width - states.shape[-1]
+    return torch.nn.functional.pad(states, (0, missing)) if missing else states
 
 
 def _attend(scaled: Tensor, cache: PagedCache, layer: int, tiles: Tiles) -> Tensor:
     """Attention of one group of tiles; `[tokens, heads, head_dim]` → `[tiles * Q, heads, head_dim]`."""
     n, q, keys = tiles.shape
     heads, head_dim = scaled.shape[1:]
-    kv_heads = cache.kv_heads
+    kv_heads = cache.shapes[layer].heads
     group = heads // kv_heads
     rows = scaled.index_select(0, tiles.queries).view(n, q, kv_heads, group, head_dim)
     rows = rows.permute(2, 0, 3, 1, 4).reshape(kv_heads * n, group * q, head_dim)

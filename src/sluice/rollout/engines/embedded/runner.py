@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sluice.config.model import DType
 from sluice.errors import EngineError
+from sluice.rollout.engines.embedded.fit import check_config, refusal
 from sluice.rollout.engines.embedded.paged import (
     ATTENTION,
+    CONTEXT,
     ROWS,
     ForwardContext,
+    KVShape,
     PagedCache,
     plan_tiles,
     query_rows,
@@ -55,6 +56,15 @@ def engine_model(model: PreTrainedModel | Path | str, *, dtype: DType = "float32
     return fresh
 
 
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Parameters of the model's dtype in `dtype`; what it keeps in float32 (rotary frequencies) stays there."""
+    own = model.dtype
+    for parameter in model.parameters():
+        if own != dtype and parameter.dtype == own:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 class Runner:
     """Runs packed forward passes of one model over a paged cache.
 
@@ -62,6 +72,7 @@ class Runner:
         model: becomes the runner's own: its attention is replaced, gradients and training mode are off.
         num_blocks, block_tokens: size of the cache.
         dtype: of weights and cache.
+        context_length: longest sequence that will be run; None: as long as the model can.
 
     Raises:
         EngineError: the model is not one whose layers all do full causal attention over a standard KV cache.
@@ -75,30 +86,21 @@ class Runner:
         block_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        context_length: int | None = None,
     ) -> None:
+        check_config(model.config, context_length=context_length)
         self.device = device
-        model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
-        self.model = model.eval().requires_grad_(False)
+        self.model = _cast(model, dtype).to(device).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
         self.name = type(model).__name__
         self.config = model.config.get_text_config()
-        self._refuse_by_config()
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
         self.num_layers = int(self.config.num_hidden_layers)
         self.heads = int(self.config.num_attention_heads)
-        kv_heads = int(getattr(self.config, "num_key_value_heads", None) or self.heads)
-        head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.heads)
-        self.cache = PagedCache(
-            num_layers=self.num_layers,
-            num_blocks=num_blocks,
-            block_tokens=block_tokens,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
-            device=device,
-        )
-        self._key_elements = 2 * kv_heads * head_dim
-        self._min_queries = query_rows(head_dim, self.heads // kv_heads)
-        self._probe(dtype)
+        shapes = self._measure()
+        self.cache = PagedCache(shapes, num_blocks=num_blocks, block_tokens=block_tokens, dtype=dtype, device=device)
+        self._key_elements = max(2 * shape.heads * shape.width for shape in shapes)
+        self._min_queries = max(query_rows(shape.width, self.heads // shape.heads) for shape in shapes)
+        self._probe(dtype, context_length or self.context_length)
 
     @property
     def context_length(self) -> int | None:
@@ -168,7 +170,7 @@ class Runner:
             position_ids=self._tensor(positions)[None],
             use_cache=False,
             logits_to_keep=self._tensor(wanted),
-            sluice_context=context,
+            **{CONTEXT: context},
         )
         if context.layers != list(range(self.num_layers)):
             raise EngineError(
@@ -181,30 +183,24 @@ class Runner:
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _refuse_by_config(self) -> None:
-        """Refuse what a short probe cannot see: windows and chunks longer than it."""
-        kinds = {str(kind) for kind in getattr(self.config, "layer_types", None) or ()} - {"full_attention"}
-        window = getattr(self.config, "sliding_window", None)
-        if window and getattr(self.config, "use_sliding_window", True) and not hasattr(self.config, "layer_types"):
-            kinds.add("sliding_attention")
-        if kinds:
-            raise self._refusal(f"has layers of {', '.join(sorted(kinds))}")
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
-            raise self._refusal("takes no logits_to_keep")
-        if not getattr(self.config, "num_hidden_layers", None) or not getattr(self.config, "num_attention_heads", None):
-            raise self._refusal("names no layers or attention heads in its config")
-
-    def _refusal(self, why: str) -> EngineError:
-        return EngineError(
-            f"the embedded engine cannot run {self.name}: it {why}; only full causal attention over a "
-            "standard KV cache is supported",
-            hint="use an SGLang engine for this model",
-        )
+    @torch.inference_mode()
+    def _measure(self) -> list[KVShape]:
+        """What each layer hands to its attention, found by running it on one token."""
+        seen: dict[int, KVShape] = {}
+        self.model.set_attn_implementation(ATTENTION)
+        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        try:
+            self.model(input_ids=one, position_ids=one * 0, use_cache=False, **{CONTEXT: seen})
+        except (EngineError, TypeError, AttributeError, KeyError) as error:
+            raise refusal(self.name, f"does not work with paged attention ({error})") from error
+        if sorted(seen) != list(range(self.num_layers)):
+            raise refusal(self.name, f"has {self.num_layers} layers, of which {sorted(seen)} keep keys and values")
+        return [seen[layer] for layer in range(self.num_layers)]
 
     @torch.inference_mode()
-    def _probe(self, dtype: torch.dtype) -> None:
+    def _probe(self, dtype: torch.dtype, longest: int | None) -> None:
         """Compare paged attention, in two chunks, with the model's own on a short sequence, then clear up."""
-        size = min(PROBE_TOKENS, self.context_length or PROBE_TOKENS)
+        size = min(PROBE_TOKENS, longest or PROBE_TOKENS)
         tokens = np.arange(1, size + 1, dtype=np.int64) * 7919 % self.vocab_size
         self.model.set_attn_implementation("eager")
         own = self.model(input_ids=self._tensor(tokens)[None], use_cache=False).logits[0]
@@ -225,20 +221,9 @@ class Runner:
                 ]
             )
         except (EngineError, TypeError, AttributeError, KeyError) as error:
-            raise self._refusal(f"does not work with paged attention ({error})") from error
+            raise refusal(self.name, f"does not work with paged attention ({error})") from error
         error = float((paged.float() - own.float()).abs().max() / own.float().abs().max().clamp_min(1e-6))
         if not error <= PROBE_TOLERANCE.get(dtype, 0.1):
-            raise self._refusal(f"differs from itself by {error:.2g} of the largest logit when attention is paged")
+            raise refusal(self.name, f"differs from itself by {error:.2g} of the largest logit when attention is paged")
         for layer in self.cache.layers:
             layer.zero_()
-
-
-def named_weights(model: PreTrainedModel) -> Mapping[str, Tensor]:
-    """The tensors that a published version must hold, by name in `model.state_dict()`; tied ones once.
-
-    They share memory with the model.
-    """
-    weights: dict[str, Tensor] = dict(model.named_parameters())
-    saved = model.state_dict(keep_vars=True)
-    weights.update({name: buffer for name, buffer in model.named_buffers() if name in saved})
-    return weights
