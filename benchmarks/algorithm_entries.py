@@ -42,6 +42,7 @@ differ in what they do with ratios are the same method. Those have two updates a
 """
 
 _LAG = 'data.gate={max_lag=2, order="dispatch"}'
+_LAG_OF_TWO_BATCHES = 'data.gate={max_lag=4, order="dispatch", on_stale="mask_tokens"}'
 _TWO = "two updates a batch"
 
 
@@ -65,11 +66,20 @@ ENTRIES: dict[str, Entry] = {
     "gspo": Entry((_algorithm("gspo", "updates_per_batch=2"),), _TWO),
     "cispo": Entry((_algorithm("cispo", "updates_per_batch=2"),), _TWO),
     "icepop": Entry((_algorithm("icepop"), _LAG), "lag 2"),
-    "decoupled_ppo": Entry((_algorithm("decoupled_ppo", "updates_per_batch=2"), _LAG), f"lag 2; {_TWO}"),
+    "decoupled_ppo": Entry((_algorithm("decoupled_ppo", "updates_per_batch=2"), _LAG_OF_TWO_BATCHES), f"{_TWO}, lag 4"),
     "decoupled_ppo_interpolated": Entry(
         (_algorithm("decoupled_ppo", 'proximal="interpolated"'), _LAG), "lag 2; proximal without a pass of its own"
     ),
     "dis": Entry((_algorithm("dis"), _LAG), "lag 2"),
+    "ppo": Entry(
+        (_algorithm("ppo", "updates_per_batch=2", "critic={optimizer={lr=2e-3, betas=[0.9, 0.99]}, updates=2}"),),
+        f"{_TWO}; critic Adam 2e-3, two updates for each of the policy",
+    ),
+    "opd": Entry(
+        (_algorithm("opd", 'teacher="taught"'), 'teachers=[{name="taught", path="{trained}"}]'),
+        "the teacher is what grpo ended with; rewards are not looked at",
+        after="grpo",
+    ),
     "grpo_lag": Entry((_algorithm("grpo"), _LAG), "lag 2, no correction but the clip"),
     "grpo_tis": Entry((_algorithm("grpo", "tis={}"), _LAG), "lag 2"),
     "grpo_masks": Entry(
