@@ -181,6 +181,11 @@ class Routes(NamedTuple):
         """The first position that is not in it."""
         return self.start + len(self.experts) // (self.layers * self.top_k)
 
+    def until(self, position: int) -> Routes:
+        """Those of the positions before `position`."""
+        positions = max(position - self.start, 0)
+        return self._replace(experts=self.experts[: positions * self.layers * self.top_k])
+
 
 class Author(StrEnum):
     SAMPLED = "sampled"
@@ -302,6 +307,13 @@ class Episode:
         parts += [turn.ids for turn in self.segments[segment].turns]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
+    def routes(self, segment: int) -> tuple[Routes, ...]:
+        """What is recorded of the experts of `segment`'s positions, those shared with its parent included."""
+        fork = self.segments[segment].fork
+        parts = [each.until(fork.position) for each in self.routes(fork.parent)] if fork else []
+        parts += [turn.routes for turn in self.segments[segment].turns if turn.routes is not None]
+        return tuple(part for part in parts if len(part.experts))
+
     def sampled_turns(self) -> Iterator[Turn]:
         for segment in self.segments:
             yield from (turn for turn in segment.turns if turn.author is Author.SAMPLED)
@@ -363,7 +375,8 @@ class TrainSample:
     """One segment as arrays, all of shape `[length]`, aligned with `ids`.
 
     A stream's entry at position t belongs to the token at position t (its log-prob given tokens < t).
-    `weight` is 1 at tokens trained here and 0 elsewhere. `missing` streams are filled by scoring.
+    `weight` is 1 at tokens trained here and 0 elsewhere. `missing` streams are filled by scoring. `routes` are the
+    recorded experts, by position; where two overlap the later one counts.
     """
 
     episode_id: str
@@ -371,6 +384,7 @@ class TrainSample:
     segment: int
     ids: Ids
     streams: Mapping[str, NDArray[Any]]
+    routes: tuple[Routes, ...] = ()
 
     def __post_init__(self) -> None:
         for name, values in self.streams.items():
@@ -405,7 +419,9 @@ class TrainSample:
         """
         named = {name.replace("__", ":"): values for name, values in streams.items()}
         cast = {name: np.asarray(values, dtype=stream_dtype(name)) for name, values in named.items()}
-        return TrainSample(self.episode_id, self.group_id, self.segment, self.ids, {**self.streams, **cast})
+        return TrainSample(
+            self.episode_id, self.group_id, self.segment, self.ids, {**self.streams, **cast}, self.routes
+        )
 
 
 def expand(episode: Episode) -> tuple[TrainSample, ...]:
@@ -431,7 +447,7 @@ def expand(episode: Episode) -> tuple[TrainSample, ...]:
                 for span in turn.spans:
                     streams["version"][at + span.start : at + span.end] = span.version.code
             at += len(turn)
-        samples.append(TrainSample(episode.id, episode.group_id, index, ids, streams))
+        samples.append(TrainSample(episode.id, episode.group_id, index, ids, streams, episode.routes(index)))
     return tuple(samples)
 
 

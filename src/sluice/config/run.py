@@ -164,6 +164,17 @@ class RunConfig(Part):
         return self
 
     @model_validator(mode="after")
+    def _routes_are_recorded(self) -> Self:
+        if self.train.routing_replay and (self.rollout.engine == "embedded" or not self.rollout.sglang.routed_experts):
+            raise ValueError(
+                "train.routing_replay trains through recorded experts, and nobody records them: set rollout.engine = "
+                "'sglang' and rollout.sglang.routed_experts = true"
+            )
+        if self.warm_start is not None and self.warm_start.train.routing_replay:
+            raise ValueError("warm_start.train.routing_replay: demonstrations have no recorded experts; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _stays_where_it_is_told(self) -> Self:
         if self.allow_hosts and not self.offline:
             raise ValueError("allow_hosts is read with offline = true; set it, or leave allow_hosts out")

@@ -44,3 +44,6 @@ class TrainConfig(Part):
     """Precision of the forward and backward pass. Parameters and moments stay in float32."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
+    routing_replay: bool = False
+    """Train tokens through the experts that sampled them, as an SGLang engine recorded them
+    (`rollout.sglang.routed_experts`); mixture-of-experts models only."""

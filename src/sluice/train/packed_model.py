@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from sluice.errors import TrainError
 from sluice.models.heads import backbone, output_head
 from sluice.train.attention import PACKED_ATTENTION, PackLayout, layout
 from sluice.train.logprob import TokenScores, token_scores
+from sluice.train.routing import RoutingReplay
 from sluice.types import MicroBatch
 
 _PROBE_TOLERANCE = 2e-4
@@ -28,6 +30,7 @@ class Pack:
         layout: where the samples lie.
         index: the tokens to score, int64 `[scored]`; the states that predict them stand one before.
         temperature: of the scored tokens, float32 `[scored]`.
+        experts: recorded experts, int64 `[tokens, layers, top_k]`, for a model that replays them.
     """
 
     ids: Tensor
@@ -35,10 +38,13 @@ class Pack:
     layout: PackLayout
     index: Tensor
     temperature: Tensor
+    experts: Tensor | None = None
 
 
-def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device) -> Pack:
+def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device, replay: RoutingReplay | None = None) -> Pack:
     """Tensors of `micro`; `scored` is the mask of tokens whose log-probs are wanted, `[tokens]`.
+
+    `replay` is that of the model which will run the pack.
 
     Raises:
         TrainError: a scored token is the first of its sample, where nothing predicts it, or its
@@ -66,7 +72,41 @@ def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device) -> Pa
         layout=layout(micro.lengths, device),
         index=torch.from_numpy(index).to(device),
         temperature=torch.from_numpy(temperature).to(device),
+        experts=replay.table(micro, device) if replay else None,
     )
+
+
+class Pass(NamedTuple):
+    """What the layers of a model run in one go: a whole pack, or one sample of it."""
+
+    ids: Tensor
+    positions: Tensor
+    experts: Tensor | None
+    options: dict[str, Any]
+
+    def states(self, layers: torch.nn.Module) -> Tensor:
+        """Hidden states after the last layer, `[tokens, hidden size]`."""
+        output = layers(input_ids=self.ids, position_ids=self.positions, use_cache=False, **self.options)
+        return output.last_hidden_state[0]
+
+
+def passes(layers: Any, pack: Pack) -> list[Pass]:
+    """One pass where the attention of `layers` is `sluice_packed`, else one for each sample."""
+    if layers.config._attn_implementation == PACKED_ATTENTION:
+        return [Pass(pack.ids, pack.positions, pack.experts, {"pack": pack.layout})]
+    lengths = pack.layout.lengths
+    experts = pack.experts.split(lengths) if pack.experts is not None else [None] * len(lengths)
+    parts = zip(pack.ids.split(lengths, 1), pack.positions.split(lengths, 1), experts, strict=True)
+    return [Pass(*part, {}) for part in parts]
+
+
+def pack_states(layers: torch.nn.Module, pack: Pack) -> Tensor:
+    """Hidden states of a pack after the last of a model's layers, `[tokens, hidden size]`."""
+    return _join([part.states(layers) for part in passes(layers, pack)])
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class PackedModel:
@@ -75,10 +115,13 @@ class PackedModel:
     Args:
         model: on its device, with an attention that `choose_attention` returned.
         chunk: tokens whose logits exist at one time.
+        replay: directs the model's routers by `Pack.experts`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, chunk: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, chunk: int, replay: RoutingReplay | None = None) -> None:
         self.model = model
+        self.replay = replay
+        self._agreed: list[Tensor] = []
         self._backbone = backbone(model)
         self._chunk = chunk
 
@@ -96,16 +139,27 @@ class PackedModel:
 
     def _hidden(self, pack: Pack) -> Tensor:
         """Hidden states, `[tokens, hidden size]`."""
-        if self.model.config._attn_implementation == PACKED_ATTENTION:
-            output = self._backbone(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack.layout)
-            return output.last_hidden_state[0]
-        parts = zip(pack.ids.split(pack.layout.lengths, 1), pack.positions.split(pack.layout.lengths, 1), strict=True)
-        return torch.cat(
-            [
-                self._backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[0]
-                for ids, positions in parts
-            ]
-        )
+        self._agreed = []
+        return _join([self._run(part) for part in passes(self._backbone, pack)])
+
+    def _run(self, part: Pass) -> Tensor:
+        if self.replay is None or part.experts is None:
+            return part.states(self._backbone)
+        with self.replay.using(part.experts):
+            states = part.states(self._backbone)
+        self._agreed.append(self.replay.agreement())
+        return states
+
+    def routing_metrics(self, pack: Pack) -> dict[str, Tensor]:
+        """How the pass just made was routed, by scored token (from the position that predicts it), `[scored]` each.
+
+        `routing/agreement` is the share of recorded experts that the trainer's routers would have chosen too,
+        `routing/recorded` whether there was a record. Empty without replay.
+        """
+        if self.replay is None or pack.experts is None:
+            return {}
+        figures = {"agreement": torch.cat(self._agreed), "recorded": self.replay.recorded(pack.experts)}
+        return {f"routing/{name}": values.index_select(0, pack.index - 1) for name, values in figures.items()}
 
 
 def choose_attention(model: PreTrainedModel, *, chunk: int, longest: int) -> str:
@@ -152,6 +206,19 @@ def _probe_pack(model: PreTrainedModel, *, longest: int) -> tuple[Pack, list[Ten
     shape = layout([len(sample) for sample in samples], device)
     shape = replace(shape, longest=max(shape.longest, longest))
     return Pack(ids[None], positions[None], shape, index, torch.ones(len(index), device=device)), samples
+
+
+@torch.no_grad()
+def check_replay(packed: PackedModel, replay: RoutingReplay) -> None:
+    """Raise TrainError when the model's routers cannot be directed, or route otherwise when they are."""
+    pack, _ = _probe_pack(packed.model, longest=0)
+    free = packed.scores(pack).logprob
+    bound = packed.scores(replace(pack, experts=replay.empty(pack.ids.shape[1], pack.ids.device))).logprob
+    if not torch.equal(free, bound):
+        raise TrainError(
+            f"{type(packed.model).__name__} gives other log-probs while its routers are directed",
+            hint="set train.routing_replay = false",
+        )
 
 
 @torch.no_grad()

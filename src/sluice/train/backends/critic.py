@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from sluice.train.backends.state import read_state, write_state
 from sluice.train.backends.torch import checkpoint_activations
 from sluice.train.base import CriticStats, Loss, ValueLoss
 from sluice.train.logprob import TokenScores
-from sluice.train.packed_model import Pack, make_pack
+from sluice.train.packed_model import Pack, choose_attention, make_pack, pack_states
 from sluice.train.packing import assign, check_fit
 from sluice.train.totals import StepTotals, run_loss
 from sluice.types import LossInputs, LossOutput, MicroBatch, TrainBatch, TrainSample, ValueInputs
@@ -41,10 +42,15 @@ class ValueModel(torch.nn.Module):
         self.layers = layers
         self.head = head
 
+    @property
+    def attention(self) -> str:
+        """The attention implementation of its layers."""
+        config: Any = self.layers.config
+        return str(config._attn_implementation)
+
     def values(self, pack: Pack) -> Tensor:
         """Values before the tokens in `pack.index`, shape `[scored]`."""
-        output = self.layers(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, pack=pack.layout)
-        states: Tensor = output.last_hidden_state[0].index_select(0, pack.index - 1)
+        states = pack_states(self.layers, pack).index_select(0, pack.index - 1)
         return self.head(states.to(self.head.weight.dtype)).squeeze(1)
 
 
@@ -70,8 +76,9 @@ class TorchCritic:
     ) -> None:
         self._train = train
         self._device = torch.device(device)
-        exact = _value_model(model_folder, train, torch.float32)
-        model = exact if train.dtype == "float32" else _value_model(model_folder, train, torch.bfloat16)
+        exact = _value_model(model_folder, train, torch.float32, None)
+        attention = exact.attention
+        model = exact if train.dtype == "float32" else _value_model(model_folder, train, torch.bfloat16, attention)
         self.model = model.to(self._device)
         parameters = dict(self.model.named_parameters())
         wide = dict(exact.named_parameters())
@@ -154,9 +161,14 @@ class TorchCritic:
             parameter.copy_(weights[f"{_WEIGHT}{name}"])
 
 
-def _value_model(folder: Path, train: TrainConfig, dtype: torch.dtype) -> ValueModel:
-    """`folder`'s layers in `dtype` under a head of zeros; torch's generator is where it was afterwards."""
-    causal = load_model(folder, dtype=dtype, attn_implementation=PACKED_ATTENTION)
+def _value_model(folder: Path, train: TrainConfig, dtype: torch.dtype, attention: str | None) -> ValueModel:
+    """`folder`'s layers in `dtype` under a head of zeros; torch's generator is where it was afterwards.
+
+    `attention` is what `choose_attention` found; None lets it find one.
+    """
+    causal = load_model(folder, dtype=dtype, attn_implementation=attention or PACKED_ATTENTION)
+    if attention is None:
+        choose_attention(causal, chunk=train.logprob_chunk, longest=train.micro_batch_tokens)
     if train.activation_checkpointing:
         checkpoint_activations(causal)
     with torch.random.fork_rng(devices=[]):

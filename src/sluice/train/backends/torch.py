@@ -8,7 +8,9 @@ is then bit for bit what the trainer computes with. Dropout is off, as it is in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +27,9 @@ from sluice.train.backends.frozen import FrozenPolicies
 from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
 from sluice.train.base import Loss, StepStats
-from sluice.train.packed_model import PackedModel, choose_attention, make_pack
+from sluice.train.packed_model import PackedModel, check_replay, choose_attention, make_pack
 from sluice.train.packing import assign, check_fit
+from sluice.train.routing import RoutingReplay
 from sluice.train.totals import MicroResult, StepTotals, run_loss
 from sluice.types import MicroBatch, TrainBatch, TrainSample
 
@@ -69,9 +72,12 @@ class TorchTrainer:
         else:
             model = load_model(model_folder, dtype=config.dtype, attn_implementation=self._attention)
         self.model = to_device(model, self._device)
+        replay = RoutingReplay(model) if config.routing_replay else None
         if config.activation_checkpointing:
-            checkpoint_activations(model)
-        self._packed = PackedModel(model, chunk=config.logprob_chunk)
+            checkpoint_activations(model, replay)
+        self._packed = PackedModel(model, chunk=config.logprob_chunk, replay=replay)
+        if replay:
+            check_replay(self._packed, replay)
         self._frozen = FrozenPolicies({"reference": model_folder, **(frozen or {})}, config, self._device)
         parameters = dict(model.named_parameters())
         wide = dict(exact.named_parameters())
@@ -107,7 +113,8 @@ class TorchTrainer:
             scored = (micro.stream("version") >= 0) | (micro.stream("weight") > 0)
             values = np.zeros(micro.num_tokens, np.float32)
             if scored.any():
-                values[scored] = model.scores(make_pack(micro, scored, self._device)).logprob.float().cpu().numpy()
+                pack = make_pack(micro, scored, self._device, model.replay)
+                values[scored] = model.scores(pack).logprob.float().cpu().numpy()
             for index, part in zip(members, np.split(values, micro.cu_seqlens[1:-1]), strict=True):
                 results[index] = part
         return results
@@ -144,10 +151,11 @@ class TorchTrainer:
             trained = micro.stream("weight") > 0
             if not trained.any():
                 continue
-            packed = make_pack(micro, trained, self._device)
+            packed = make_pack(micro, trained, self._device, self._packed.replay)
             result: MicroResult = run_loss(micro, packed, self._packed.scores(packed), loss, totals.streams)
+            routing = self._packed.routing_metrics(packed)
             result.loss.backward()
-            totals.add(micro, result)
+            totals.add(micro, replace(result, metrics={**result.metrics, **routing}))
         return totals
 
     # ── weights and state ───────────────────────────────────────────────────────────────────────────────
@@ -193,13 +201,13 @@ class TorchTrainer:
             parameter.copy_(parameters[name])
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel, replay: RoutingReplay | None = None) -> None:
     """Recompute each layer in the backward pass, with dropout still off.
 
     transformers checkpoints only layers in training mode, so the layers alone are put into it; their
     parts, which hold the dropout, stay in evaluation mode.
     """
-    options = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False} | ({"context_fn": replay.again} if replay else {})
     if hasattr(model, "activation_checkpointing_enable"):  # its name in newer releases of transformers
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
