@@ -19,6 +19,7 @@ from sluice.obs.summary import Summary
 from sluice.obs.view import View, make_view
 from sluice.orchestrate.folder import open_folder
 from sluice.orchestrate.inline import InlineRun, evaluate_model
+from sluice.orchestrate.running import run_to_end
 from sluice.orchestrate.setup import embedded_engine, initial_model, load_data
 from sluice.orchestrate.warm_start import fine_tune
 from sluice.rollout.chat.renderer import ChatRenderer
@@ -47,7 +48,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, v
     _prepare(config)
     folder = open_folder(config, resume=resume, overwrite=overwrite)
     shown = view or make_view(config.obs.live)
-    return asyncio.run(InlineRun(config, folder, shown, resume=resume).run())
+    return run_to_end(InlineRun(config, folder, shown, resume=resume).run())
 
 
 def sft(config: RunConfig, out: Path | None = None) -> Path:
@@ -96,7 +97,7 @@ def evaluate(config: RunConfig, model: Path | None = None) -> dict[str, Any]:
         `EvalResult` as JSON.
     """
     _prepare(config)
-    return asyncio.run(evaluate_model(config, model, _LOG.info)).to_json()
+    return run_to_end(evaluate_model(config, model, _LOG.info)).to_json()
 
 
 def generate(
@@ -113,7 +114,7 @@ def generate(
     Returns:
         `n` answers per prompt.
     """
-    return asyncio.run(_generate(model, prompts, n, sampling or SamplingConfig(), seed))
+    return run_to_end(_generate(model, prompts, n, sampling or SamplingConfig(), seed))
 
 
 def _prepare(config: RunConfig) -> None:
