@@ -38,12 +38,14 @@ def run_to_end(main: Coroutine[Any, Any, T]) -> T:
             ended.set_exception(error)
 
     thread = Thread(target=drive, name="sluice-run")
-    thread.start()
     try:
+        thread.start()
         return ended.result()
     except KeyboardInterrupt:
-        with suppress(RuntimeError):  # it ended at the same moment, its loop is closed
-            begun.result()()
+        if thread.is_alive():
+            with suppress(RuntimeError):  # it ended at the same moment, its loop is closed
+                begun.result()()
         raise
     finally:
-        thread.join()
+        if thread.ident is not None:  # it was started
+            thread.join()
