@@ -116,9 +116,54 @@ class PythonSource(Part):
     """Its keyword arguments."""
 
 
-SourceConfig = Annotated[
-    JsonlSource | ParquetSource | DatasetsSource | ReasoningGymSource | PythonSource, Field(discriminator="type")
-]
+_OneTask = JsonlSource | ParquetSource | DatasetsSource | ReasoningGymSource | PythonSource
+SourceConfig = Annotated[_OneTask, Field(discriminator="type")]
+
+
+class MixPart(Part):
+    """One task of a mix."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The task of all its prompts: what rewards are limited to, and what metrics are called by."""
+    source: SourceConfig
+    """Its prompts; their own task names are replaced."""
+    weight: float = Field(default=1.0, gt=0)
+    """Its share of the groups, relative to the other parts."""
+    samples: int | None = Field(default=None, ge=1)
+    """Episodes of one of its prompts; None takes `data.strategy.samples`."""
+    eval: SourceConfig | None = None
+    """Its held-out prompts; None splits them off `source`."""
+    eval_prompts: int | None = Field(default=None, ge=0)
+    """How many to split off; None takes an equal share of `data.eval_prompts`."""
+
+    @model_validator(mode="after")
+    def _one_name_for_its_task(self) -> Self:
+        for key, source in (("source", self.source), ("eval", self.eval)):
+            own = getattr(source, "task", "")
+            if own not in ("", self.name, RowSource.model_fields["task"].default):
+                raise ValueError(f"{key}.task = {own!r}, but the part's name is the task: {self.name!r}; leave it out")
+        if self.eval is not None and self.eval_prompts is not None:
+            raise ValueError("eval brings the held-out prompts, so eval_prompts would not be read; leave one out")
+        return self
+
+
+class MixSource(Part):
+    """Several tasks at once, each with its weight, its samples and a cursor of its own."""
+
+    type: Literal["mix"] = "mix"
+    parts: tuple[MixPart, ...] = Field(min_length=1)
+    """The tasks."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [part.name for part in self.parts]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two parts are called {twice!r}; a task's name tells its prompts and metrics apart")
+        return self
+
+
+TrainSourceConfig = Annotated[_OneTask | MixSource, Field(discriminator="type")]
 
 
 class GroupSampling(Part):
@@ -245,7 +290,7 @@ class GateConfig(Part):
 class DataConfig(Part):
     """Where prompts come from and how groups are asked for."""
 
-    train: SourceConfig
+    train: TrainSourceConfig
     """Prompts to train on."""
     eval: SourceConfig | None = None
     """Held-out prompts; without it `eval_prompts` are split off the training source."""
@@ -259,3 +304,24 @@ class DataConfig(Part):
     """Asked in order; the first that objects drops the group."""
     gate: GateConfig = GateConfig()
     """Staleness bound and order."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are prompts to evaluate on."""
+        parts = self.train.parts if isinstance(self.train, MixSource) else ()
+        return self.eval is not None or self.eval_prompts > 0 or any(part.eval or part.eval_prompts for part in parts)
+
+    @model_validator(mode="after")
+    def _a_mix_decides_whose_turn_it_is(self) -> Self:
+        if not isinstance(self.train, MixSource):
+            return self
+        if not isinstance(self.strategy, GroupSampling):
+            raise ValueError(
+                f"strategy.type = {self.strategy.type!r} would not see the weights of train.type = 'mix', which decide "
+                "whose turn it is; use strategy.type = 'groups', or one source"
+            )
+        if self.eval is not None and any(part.eval or part.eval_prompts is not None for part in self.train.parts):
+            raise ValueError(
+                "eval brings all held-out prompts, so those of train.parts would not be read; leave one out"
+            )
+        return self

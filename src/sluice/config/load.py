@@ -213,4 +213,11 @@ def _beside(text: str, folder: Path) -> str:
     file, colon, name = text.rpartition(":")
     file, rest = (file, colon + name) if file.endswith(".py") else (text, "")
     here = folder / file
-    return f"{here.resolve()}{rest}" if file and not Path(file).is_absolute() and here.exists() else text
+    return f"{here.resolve()}{rest}" if file and not Path(file).is_absolute() and _exists(here) else text
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # text of a template, longer than any name of a file
+        return False

@@ -154,7 +154,7 @@ class RunConfig(Part):
             raise ValueError(
                 f"groups_per_step = {self.groups_per_step} is not divisible by algorithm.updates_per_batch = {updates}"
             )
-        if self.data.eval is None and self.data.eval_prompts == 0 and self.evaluation.every:
+        if not self.data.holds_out and self.evaluation.every:
             raise ValueError("evaluation.every needs held-out prompts: set data.eval or data.eval_prompts")
         if self.data.gate.effective_on_stale is OnStale.WAIT and updates > 1 and self.data.gate.max_lag:
             raise ValueError(
@@ -210,7 +210,7 @@ class RunConfig(Part):
             )
         if verifies and not given:
             raise ValueError("rollout.runner.verify measures what no reward reads; add a reward of type 'given'")
-        if isinstance(runner, ExternalRunner) and (self.data.eval is not None or self.data.eval_prompts):
+        if isinstance(runner, ExternalRunner) and self.data.holds_out:
             raise ValueError(
                 "rollout.runner = 'external': agents elsewhere cannot be asked for the held-out prompts; set "
                 "data.eval_prompts = 0 and leave data.eval out"

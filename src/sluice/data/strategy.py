@@ -31,7 +31,7 @@ class Strategy(Stateful, Protocol):
 class Cursor:
     """Passes over a list of prompts, each pass in a new seeded order. The state is where it stands."""
 
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int | str, shuffle: bool) -> None:
         if not prompts:
             raise DataError("no prompts to train on", hint="check data.train and data.eval_prompts")
         self._prompts = prompts

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sluice.data.buffer import Dropped
+from sluice.data.gate import Judgement
 from sluice.train.base import StepStats
 from sluice.types import Episode, Group, Outcome
 
@@ -40,6 +41,46 @@ def rollout_metrics(groups: Sequence[Group], dropped: Sequence[Dropped]) -> dict
         metrics[f"reward/component/{name}"] = float(np.mean(values))
     for outcome in Outcome:
         metrics[f"rollout/{outcome.value}"] = float(sum(m.episode.outcome is outcome for m in members))
+    return metrics
+
+
+def gate_metrics(verdicts: Sequence[tuple[str, Judgement]]) -> dict[str, float]:
+    """What the gate decided about the episodes of one batch; `verdicts` are (task, judgement)."""
+    lags = [verdict.lag for _, verdict in verdicts]
+    return {
+        "gate/lag_mean": float(np.mean(lags)) if lags else 0.0,
+        "gate/lag_max": float(max(lags, default=0)),
+        "gate/masked_tokens": float(sum(verdict.masked_tokens for _, verdict in verdicts)),
+    }
+
+
+def task_metrics(
+    groups: Sequence[Group], dropped: Sequence[Dropped], verdicts: Sequence[tuple[str, Judgement]]
+) -> dict[str, float]:
+    """The same by task, so that a slow, stale or failing one is seen; for runs that have several.
+
+    `reward/task/NAME` and `speed/task/NAME` (seconds an episode took) are there when an episode counted.
+    """
+    metrics: dict[str, float] = {}
+    for task in sorted({group.request.prompt.task for group in (*groups, *(drop.group for drop in dropped))}):
+        mine = [group for group in groups if group.request.prompt.task == task]
+        members = [member for group in mine for member in group.members]
+        rewards = [member.reward.total for member in members if member.reward is not None]
+        tokens = [member.episode.num_sampled_tokens for member in members if member.reward is not None]
+        seconds = [float(member.episode.info["seconds"]) for member in members if "seconds" in member.episode.info]
+        if rewards:
+            metrics[f"reward/task/{task}"] = float(np.mean(rewards))
+            metrics[f"task/{task}/response_tokens"] = float(np.mean(tokens))
+        if seconds:
+            metrics[f"speed/task/{task}"] = float(np.mean(seconds))
+        metrics |= {
+            f"task/{task}/groups": float(len(mine)),
+            f"task/{task}/groups_dropped": float(sum(drop.group.request.prompt.task == task for drop in dropped)),
+            f"task/{task}/episodes": float(len(members)),
+            f"task/{task}/infra_failure": float(sum(m.episode.outcome is Outcome.INFRA_FAILURE for m in members)),
+        }
+        gate = gate_metrics([(name, verdict) for name, verdict in verdicts if name == task])
+        metrics |= {f"task/{task}/{name.removeprefix('gate/')}": value for name, value in gate.items()}
     return metrics
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class EvalResult:
         greedy: mean over one greedy answer a prompt; None when not asked for.
         answers: the first prompts' answers, for people.
         counted, failed: answers in the mean, and answers left out.
+        tasks: accuracy, greedy, response_tokens and failed by task, when there are several.
     """
 
     accuracy: float
@@ -44,6 +45,7 @@ class EvalResult:
     counted: int
     failed: int
     answers: tuple[Answer, ...]
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,6 +60,7 @@ class EvalResult:
         rows["eval/failed"] = float(self.failed)
         if self.greedy is not None:
             rows["eval/greedy"] = self.greedy
+        rows |= {f"eval/{task}/{name}": value for task, mine in self.tasks.items() for name, value in mine.items()}
         return rows
 
 
@@ -92,20 +95,23 @@ class Evaluator:
     async def __call__(self, step: int, version: Version) -> EvalResult:
         """Answer and score every prompt; log episodes and the result."""
         sampled = await self._measure(f"eval-{step:06d}", self._sampling, self._samples)
-        greedy = None
+        greedy: list[tuple[Episode, float | None]] | None = None
         if self._greedy:
             once = replace(self._sampling, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0)
-            greedy = _mean(await self._measure(f"greedy-{step:06d}", once, 1))
-        counted = [score for _, score in sampled if score is not None]
-        lengths = [episode.num_sampled_tokens for episode, score in sampled if score is not None]
+            greedy = await self._measure(f"greedy-{step:06d}", once, 1)
         first = sampled[:: self._samples][: self._show]
+        whole = _figures(sampled, greedy)
+        names = sorted({prompt.task for prompt in self._prompts})
         result = EvalResult(
-            accuracy=_mean(sampled),
-            greedy=greedy,
-            response_tokens=float(np.mean(lengths)) if lengths else 0.0,
-            counted=len(counted),
-            failed=len(sampled) - len(counted),
+            accuracy=whole["accuracy"],
+            greedy=whole.get("greedy"),
+            response_tokens=whole["response_tokens"],
+            counted=len(sampled) - int(whole["failed"]),
+            failed=int(whole["failed"]),
             answers=tuple(self._answer(episode, score) for episode, score in first),
+            tasks={name: _figures(_of_task(sampled, name), greedy and _of_task(greedy, name)) for name in names}
+            if len(names) > 1
+            else {},
         )
         await self._journal.write(EvalRecord(step, version, result.metrics(), tuple(e.id for e, _ in sampled)))
         return result
@@ -133,6 +139,22 @@ class Evaluator:
         question = next((m.content for m in reversed(episode.prompt.messages) if m.role == "user"), "")
         response = "".join(self._renderer.text(turn.ids) for turn in episode.sampled_turns())
         return Answer(question, episode.prompt.answer, response, score if score is not None else float("nan"))
+
+
+def _of_task(scored: Sequence[tuple[Episode, float | None]], task: str) -> list[tuple[Episode, float | None]]:
+    return [(episode, score) for episode, score in scored if episode.prompt.task == task]
+
+
+def _figures(
+    sampled: Sequence[tuple[Episode, float | None]], greedy: Sequence[tuple[Episode, float | None]] | None
+) -> dict[str, float]:
+    lengths = [episode.num_sampled_tokens for episode, score in sampled if score is not None]
+    figures = {
+        "accuracy": _mean(sampled),
+        "response_tokens": float(np.mean(lengths)) if lengths else 0.0,
+        "failed": float(len(sampled) - len(lengths)),
+    }
+    return figures if greedy is None else figures | {"greedy": _mean(greedy)}
 
 
 def _mean(scored: Sequence[tuple[Episode, float | None]]) -> float:

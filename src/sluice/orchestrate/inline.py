@@ -126,7 +126,7 @@ class InlineRun:
                 buffer=buffer, gate=gate, lineage=lineage,
                 store=WeightStore(folder / "weights", start, lineage),
                 checkpoints=checkpoints, journal=journal, sinks=sinks, view=self._view, timer=self._timer,
-                figures=engine.figures if isinstance(engine, SGLangFleet) else dict,
+                figures=engine.figures if isinstance(engine, SGLangFleet) else dict, tasks=data.tasks,
             )  # fmt: skip
             return await self._drive(Loop(config, parts, progress), parts, fresh=checkpoint is None)
 

@@ -12,12 +12,10 @@ version after a recompute. Inline, the trainer's step blocks the event loop: lag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from sluice.algos.base import Algorithm
 from sluice.checkpoint.store import CheckpointStore
@@ -29,7 +27,7 @@ from sluice.log.records import CheckpointRecord, Disposition, DispositionRecord,
 from sluice.obs.metrics import MetricSink
 from sluice.obs.timing import PhaseTimer
 from sluice.obs.view import View
-from sluice.orchestrate.batch_metrics import rollout_metrics, train_metrics
+from sluice.orchestrate.batch_metrics import gate_metrics, rollout_metrics, task_metrics, train_metrics
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
@@ -78,6 +76,7 @@ class Parts:
     view: View
     timer: PhaseTimer
     figures: Callable[[], Mapping[str, float]]
+    tasks: Set[str]
 
 
 class Loop:
@@ -172,7 +171,7 @@ class Loop:
         parts, progress = self._parts, self.progress
         self._check_infrastructure(groups)
         step = progress.step + parts.algorithm.updates_per_batch
-        judged, dispositions, gate_metrics = self._judge(groups, step)
+        judged, dispositions, verdicts = self._judge(groups, step)
         with self._phase("score"):
             scored = parts.learner.score(judged)
         with self._phase("train"):
@@ -181,19 +180,24 @@ class Loop:
         version = await self.publish(*dispositions)
         parts.buffer.trained()
         progress.batch += 1
-        metrics = rollout_metrics(groups, self._dropped) | gate_metrics | train_metrics(stats) | critic_metrics
+        metrics = (
+            rollout_metrics(groups, self._dropped) | gate_metrics(verdicts) | train_metrics(stats) | critic_metrics
+        )
+        if len(parts.tasks) > 1:
+            metrics |= task_metrics(groups, self._dropped, verdicts)
         metrics["version/step"], metrics["version/attempt"] = version
         self._count(groups, stats)
         self._check_mismatch(metrics)
         return metrics
 
-    def _judge(self, groups: list[Group], step: int) -> tuple[list[Group], list[DispositionRecord], dict[str, float]]:
+    def _judge(
+        self, groups: list[Group], step: int
+    ) -> tuple[list[Group], list[DispositionRecord], list[tuple[str, Judgement]]]:
         """The gate's word on every episode of the batch that `step` trains, at the version now in use."""
         parts = self._parts
         judged: list[Group] = []
         dispositions: list[DispositionRecord] = []
-        lags: list[int] = []
-        masked = 0
+        verdicts: list[tuple[str, Judgement]] = []
         for group in groups:
             members: list[Scored] = []
             for member in group.members:
@@ -204,17 +208,11 @@ class Loop:
                     members.append(member)
                     continue
                 verdict = parts.gate.judge(member.samples, parts.lineage.lag)
-                lags.append(verdict.lag)
-                masked += verdict.masked_tokens
+                verdicts.append((group.request.prompt.task, verdict))
                 members.append(replace(member, samples=verdict.samples))
                 dispositions.append(disposition(member, verdict, step))
             judged.append(replace(group, members=tuple(members)))
-        metrics = {
-            "gate/lag_mean": float(np.mean(lags)) if lags else 0.0,
-            "gate/lag_max": float(max(lags, default=0)),
-            "gate/masked_tokens": float(masked),
-        }
-        return judged, dispositions, metrics
+        return judged, dispositions, verdicts
 
     # ── limits, metrics, checkpoint ─────────────────────────────────────────────────────────────────────
 

@@ -6,8 +6,9 @@ Members of a group that is compared are scored one by one as they finish, too, b
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sluice.errors import EngineError
 from sluice.log.records import Disposition, DispositionRecord, EpisodeRecord, FaultRecord, RewardRecord
@@ -124,7 +125,9 @@ class Producer:
         found = await self._recover(request, sample)
         if found is not None:
             return found.episode, found.reward
+        began = time.monotonic()
         episode = await self._runner.run(EpisodeRequest.member(request, sample, seed=self._seed))
+        episode = replace(episode, info={**episode.info, "seconds": round(time.monotonic() - began, 3)})
         await self._journal.write(EpisodeRecord(episode))
         return episode, None
 

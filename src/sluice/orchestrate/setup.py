@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sluice.algos.base import ActorCritic, Algorithm
-from sluice.config.data import Curriculum, DataConfig, GroupSampling, PythonStrategy
+from sluice.config.data import Curriculum, DataConfig, GroupSampling, MixSource, PythonStrategy
 from sluice.config.rollout import EmbeddedConfig, RolloutConfig
 from sluice.config.run import RunConfig
-from sluice.data.sources import load_prompts, split
+from sluice.data.mix import MixStrategy
+from sluice.data.sources import load_prompts, mix, split
 from sluice.data.strategy import CurriculumStrategy, GroupStrategy, Strategy
 from sluice.errors import DataError
 from sluice.models.build import load_model, make_scratch, read_config
@@ -53,14 +54,21 @@ def load_data(config: DataConfig, *, seed: int) -> Data:
     """Read every source; held-out prompts are split off the training source when they have none of their own.
 
     A training prompt with the text of a held-out one is left out.
+
+    Raises:
+        DataError: a source cannot be read, or nothing is left to train on, of a mix's task too.
     """
-    prompts = load_prompts(config.train)
-    if config.eval is None:
-        train, held_out = split(prompts, config.eval_prompts, seed)
+    apart = 0 if config.eval is not None else config.eval_prompts
+    if isinstance(config.train, MixSource):
+        train, held_out = mix.load(config.train, eval_prompts=apart, seed=seed)
     else:
-        train, held_out = prompts, load_prompts(config.eval)
+        train, held_out = split(load_prompts(config.train), apart, seed)
+    if config.eval is not None:
+        held_out = load_prompts(config.eval)
     texts = {prompt.messages for prompt in held_out}
     train = [prompt for prompt in train if prompt.messages not in texts]
+    if isinstance(config.train, MixSource):
+        mix.check_tasks(config.train, train)
     levels: list[list[Prompt]] = []
     if isinstance(config.strategy, Curriculum):
         for source in config.strategy.levels:
@@ -71,6 +79,15 @@ def load_data(config: DataConfig, *, seed: int) -> Data:
 def make_strategy(config: DataConfig, data: Data, *, seed: int) -> Strategy:
     """The strategy that `config` names. Raises ConfigError when a class of the user's own does not fit."""
     match config.strategy:
+        case GroupSampling(samples=samples) if isinstance(config.train, MixSource):
+            parts = config.train.parts
+            return MixStrategy(
+                {part.name: [prompt for prompt in data.train if prompt.task == part.name] for part in parts},
+                weights={part.name: part.weight for part in parts},
+                samples={part.name: part.samples or samples for part in parts},
+                seed=seed,
+                shuffle=config.shuffle,
+            )
         case GroupSampling(samples=samples):
             return GroupStrategy(data.train, samples=samples, seed=seed, shuffle=config.shuffle)
         case Curriculum() as chosen:
