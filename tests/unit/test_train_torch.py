@@ -76,6 +76,39 @@ def test_no_split_changes_a_reported_figure(folder: Path) -> None:
     np.testing.assert_allclose(figures[1:], [figures[0]] * 2, rtol=1e-5)
 
 
+def _without_signal(samples: list[TrainSample]) -> list[TrainSample]:
+    return [sample.with_streams(advantage=np.zeros(len(sample))) for sample in samples]
+
+
+def test_a_flat_loss_costs_no_backward_pass_and_changes_no_gradient(folder: Path) -> None:
+    samples = make_samples(LENGTHS)
+    mixed = [*samples[:4], *_without_signal(samples[4:])]
+    trainer = _trainer(folder)
+    passes: list[int] = []
+    first = next(trainer.model.parameters())
+    handle = first.register_post_accumulate_grad_hook(lambda _: passes.append(1))
+    batch = make_batch(mixed, budget=64, normaliser=Normaliser.TOKEN)
+    gradients = trainer.gradients(batch, ratio_loss)
+    assert (len(batch.micro_batches), len(passes)) == (3, 1)
+    handle.remove()
+    scale = sum(s.num_trained_tokens for s in samples[:4]) / sum(s.num_trained_tokens for s in samples)
+    alone = trainer.gradients(make_batch(samples[:4], budget=64, normaliser=Normaliser.TOKEN), ratio_loss)
+    _close(gradients, {name: gradient * scale for name, gradient in alone.items()}, 1e-5)
+
+
+def test_a_step_without_any_signal_has_a_gradient_of_zeros(folder: Path) -> None:
+    samples = make_samples(LENGTHS)
+    trainer = _trainer(folder)
+    trainer.step(make_batch(samples, budget=64, normaliser=Normaliser.TOKEN), ratio_loss)
+    before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
+    stats = trainer.step(make_batch(_without_signal(samples), budget=64, normaliser=Normaliser.TOKEN), ratio_loss)
+    assert (stats.grad_norm, stats.skipped) == (0.0, False)
+    assert stats.entropy > 0
+    assert trainer.optimizer.steps_done == 2
+    moved = [name for name, tensor in trainer.model.named_parameters() if not torch.equal(tensor, before[name])]
+    assert len(moved) == len(before)  # the momentum of the first step
+
+
 def test_activation_checkpointing_changes_nothing(folder: Path) -> None:
     batch = make_batch(make_samples(LENGTHS), budget=64, normaliser=Normaliser.TOKEN)
     plain = _trainer(folder).gradients(batch, ratio_loss)

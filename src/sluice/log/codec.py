@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -30,11 +31,17 @@ from numpy.typing import NDArray
 
 from sluice.errors import LogError
 from sluice.log.records import RECORDS, Kind, Record, keys
+from sluice.types import Prompt, SamplingParams
 
 Array: TypeAlias = NDArray[Any]
 _LENGTH = struct.Struct("<I")
 _LEVEL = 3
 """zstd level. Higher ones cost several times the time for a few percent: log-probs are noise to zstd."""
+
+_SHARED = (Prompt, SamplingParams)
+"""Immutable values without arrays that many records hold: all members of a group have one prompt."""
+_REMEMBERED = 1_024
+"""Newest values of each of these types whose JSON is kept."""
 
 
 class _UnfitError(ValueError):
@@ -153,7 +160,10 @@ def _encoder(hint: Any) -> _Encoder:
     if names is not None:
         items = [(name, _encoder(field)) for name, field in names.items()]
         if is_dataclass(hint):
-            return lambda value, out: {name: encode(getattr(value, name), out) for name, encode in items}
+            encoder: _Encoder = lambda value, out: {  # noqa: E731
+                name: encode(getattr(value, name), out) for name, encode in items
+            }
+            return _remembering(encoder) if hint in _SHARED else encoder
         return lambda value, out: [encode(getattr(value, name), out) for name, encode in items]
     origin, arguments = get_origin(hint), get_args(hint)
     scalar = _scalar(hint)
@@ -172,6 +182,21 @@ def _encoder(hint: Any) -> _Encoder:
     if hint in _SCALARS:
         return _SCALARS[hint]
     raise TypeError(f"the log cannot hold a field of type {hint}")
+
+
+def _remembering(encode: _Encoder) -> _Encoder:
+    """`encode`, once for each of the newest objects: the same object has the same JSON."""
+    newest: OrderedDict[int, tuple[Any, Any]] = OrderedDict()  # holding an object keeps its id from coming again
+
+    def remembered(value: Any, out: _Out) -> Any:
+        found = newest.get(id(value))
+        if found is None:
+            found = newest[id(value)] = value, encode(value, out)
+            if len(newest) > _REMEMBERED:
+                newest.popitem(last=False)
+        return found[1]
+
+    return remembered
 
 
 def _array_encoder(dtype: str) -> _Encoder:

@@ -40,6 +40,9 @@ def pack(
 ) -> tuple[MicroBatch, ...]:
     """Micro-batches of at most `budget` tokens, without padding; see `assign` for the order.
 
+    Samples whose advantages are all 0 are packed apart: when the loss is flat there, as a policy gradient is, the
+    trainer leaves out the backward passes of their micro-batches (see `train.totals.send_back`).
+
     Args:
         samples: samples of one optimizer step.
         budget: tokens of one micro-batch.
@@ -49,10 +52,15 @@ def pack(
         TrainError: a sample is longer than the budget, or has no tokens.
     """
     check_fit(samples, budget)
-    return tuple(
-        MicroBatch(tuple(samples[i] for i in members), np.concatenate([scales[i] for i in members]))
-        for members in assign([len(sample) for sample in samples], budget)
-    )
+    flat = ["advantage" in sample.streams and not sample["advantage"].any() for sample in samples]
+    packed: list[MicroBatch] = []
+    for kind in (True, False):
+        chosen = [index for index in range(len(samples)) if flat[index] is kind]
+        for places in assign([len(samples[index]) for index in chosen], budget):
+            members = [chosen[place] for place in places]
+            scale = np.concatenate([scales[index] for index in members])
+            packed.append(MicroBatch(tuple(samples[index] for index in members), scale))
+    return tuple(packed)
 
 
 def make_batch(

@@ -70,6 +70,25 @@ def run_loss(micro: MicroBatch, packed: Pack, scores: TokenScores, loss: Loss, s
     )
 
 
+def send_back(loss: Tensor, scores: TokenScores, *, always: bool) -> bool:
+    """The backward pass of a micro-batch, left out when the loss is flat: when no log-prob has a gradient.
+
+    Groups whose members all have the same reward are like that, and a backward pass is two thirds of the work.
+
+    Args:
+        loss: of the micro-batch, a scalar that depends on the weights through `scores` alone.
+        always: do not leave it out: some gradient must exist, or other ranks take part in this pass.
+
+    Returns:
+        Whether gradients were added to.
+    """
+    (slope,) = torch.autograd.grad(loss, scores.logprob)
+    sent = always or bool(slope.any())
+    if sent:
+        scores.logprob.backward(slope)
+    return sent
+
+
 def _loss_inputs(micro: MicroBatch, packed: Pack, scores: TokenScores, streams: frozenset[str]) -> LossInputs:
     device, dtype = scores.logprob.device, scores.logprob.dtype
     tensors = {name: torch.from_numpy(micro.stream(name)).to(device) for name in sorted(streams)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from sluice.rollout.chat.formats import FORMATS, detect
 from sluice.rollout.chat.parser import Opening, TurnParser
 from sluice.rollout.chat.stability import Stability, examine
 from sluice.rollout.chat.template import Template
-from sluice.types import Ids, Prompt
+from sluice.types import Ids, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,8 @@ _MARK = "z9sluice"
 """Stands for a sampled turn where the template is asked what follows one."""
 _TAIL = 64
 """Tokens at a prompt's end that are looked at for an opened `<think>`."""
+_REMEMBERED = 1_024
+"""Newest prompts whose ids are kept: all samples of a group ask for the same."""
 
 
 class ChatRenderer:
@@ -66,6 +69,9 @@ class ChatRenderer:
                 f"{type(tokenizer).__name__} is not built on the tokenizers library, so text cannot be streamed",
                 hint="use a checkpoint with a tokenizer.json",
             )
+        self._backend.no_truncation()  # as every call of the tokenizer itself would
+        self._backend.no_padding()
+        self._messages_ids = lru_cache(_REMEMBERED)(self._render_messages)
         self._detokenisers = Detokenisers(self._backend)
         self.format = detect(self._template.text) if config.format == "auto" else config.format
         self._format = FORMATS[self.format]
@@ -111,10 +117,9 @@ class ChatRenderer:
         return ids[1:] if doubled else ids
 
     def prompt_ids(self, prompt: Prompt) -> Ids:
-        """A task's prompt as the model sees it; shape `[n]`."""
-        messages = tuple(ChatMessage(message.role, message.content) for message in prompt.messages)  # pyright: ignore[reportArgumentType]
+        """A task's prompt as the model sees it; shape `[n]`, read-only."""
         try:
-            return self.begin(messages)
+            return self._messages_ids(prompt.messages)
         except DataError as error:
             raise DataError(f"prompt {prompt.id}: {error}", hint=error.hint) from error
 
@@ -124,7 +129,7 @@ class ChatRenderer:
 
     def encode(self, text: str) -> Ids:
         """Raw text as ids, nothing added; shape `[n]`."""
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+        return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     @property
     def vocabulary_size(self) -> int:
@@ -135,8 +140,7 @@ class ChatRenderer:
 
     def text(self, ids: Sequence[int] | Ids) -> str:
         """Sampled ids as text, special tokens left out."""
-        listed = [int(id) for id in ids]
-        return str(self._tokenizer.decode(listed, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self._backend.decode([int(id) for id in ids], skip_special_tokens=True))
 
     def whole_text(self, ids: Sequence[int] | Ids) -> str:
         """Ids as text, special tokens included."""
@@ -177,6 +181,11 @@ class ChatRenderer:
             )
 
     # Inside.
+
+    def _render_messages(self, messages: tuple[Message, ...]) -> Ids:
+        ids = self.begin(tuple(ChatMessage(message.role, message.content) for message in messages))  # pyright: ignore[reportArgumentType]
+        ids.flags.writeable = False  # callers share it
+        return ids
 
     def _known(self, tokens: Sequence[str]) -> list[int]:
         """Ids of those of `tokens` that the vocabulary has as one token."""

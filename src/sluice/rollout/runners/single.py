@@ -38,7 +38,7 @@ class SingleTurn:
         sampling = request.sampling
         ids = self._ids(request.prompt, sampling.max_new_tokens)
         room = self._context_length - len(ids)
-        limited = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        limited = sampling if sampling.max_new_tokens <= room else replace(sampling, max_new_tokens=room)
         ask = GenerateRequest(
             request.id, ids, limited, request.noise(""), routing_key=request.id, routes_from=self._routes_from
         )

@@ -30,7 +30,7 @@ from sluice.train.base import Loss, StepStats
 from sluice.train.packed_model import PackedModel, check_replay, choose_attention, make_pack
 from sluice.train.packing import assign, check_fit
 from sluice.train.routing import RoutingReplay
-from sluice.train.totals import MicroResult, StepTotals, run_loss
+from sluice.train.totals import MicroResult, StepTotals, run_loss, send_back
 from sluice.types import MicroBatch, TrainBatch, TrainSample
 
 
@@ -147,14 +147,15 @@ class TorchTrainer:
     def _backward(self, batch: TrainBatch, loss: Loss) -> StepTotals:
         """Forward and backward over all micro-batches that train something."""
         totals = StepTotals(batch)
-        for micro in batch.micro_batches:
-            trained = micro.stream("weight") > 0
-            if not trained.any():
-                continue
-            packed = make_pack(micro, trained, self._device, self._packed.replay)
-            result: MicroResult = run_loss(micro, packed, self._packed.scores(packed), loss, totals.streams)
+        training = [micro for micro in batch.micro_batches if micro.stream("weight").any()]
+        sent = False
+        for micro in training:
+            packed = make_pack(micro, micro.stream("weight") > 0, self._device, self._packed.replay)
+            scores = self._packed.scores(packed)
+            result: MicroResult = run_loss(micro, packed, scores, loss, totals.streams)
             routing = self._packed.routing_metrics(packed)
-            result.loss.backward()
+            # A step in which nothing has a gradient still has one, of zeros: moments decay as in any other.
+            sent |= send_back(result.loss, scores, always=micro is training[-1] and not sent)
             totals.add(micro, replace(result, metrics={**result.metrics, **routing}))
         return totals
 
