@@ -8,6 +8,8 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.stamp-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
 # KV goes from prefill to decode engines over a library that loads these, over TCP too
 RDMA := libibverbs1 librdmacm1
+# the browser that looks at a report; these names are also in benchmarks/browser.py
+BROWSER := command -v chromium || command -v chromium-browser || command -v google-chrome || command -v google-chrome-stable
 LOAD_RDMA := import ctypes; [ctypes.CDLL(name) for name in ("libibverbs.so.1", "librdmacm.so.1")]
 
 .PHONY: help setup demo docs test test-all check format clean
@@ -40,6 +42,8 @@ test: setup ## Run the tests that take seconds
 test-all: setup ## Run every test; installs SGLang (CPU) for the engine tests
 	@$(RUN) -c '$(LOAD_RDMA)' 2>/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq $(RDMA); } || \
 		{ echo "make: first install the system libraries of the prefill/decode tests: $(RDMA)" >&2; exit 1; }
+	@{ $(BROWSER); } >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium; } || \
+		{ echo "make: first install Chromium, for the tests of the report: apt-get install chromium" >&2; exit 1; }
 	PYTHON=$(PYTHON) $(VENV)/bin/sluice engines install sglang --cpu
 	$(RUN) -m pytest -q
 

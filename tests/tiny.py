@@ -57,7 +57,7 @@ def tiny(folder: Path, **changes: Any) -> RunConfig:
         "train": {"optimizer": {"lr": 3e-3}},
         "evaluation": {"every": 3, "greedy": True},
         "checkpoint": {"every": 2, "keep": 2},
-        "obs": {"tensorboard": False, "live": False},
+        "obs": {"tensorboard": False, "report": False, "live": False},
     }
     return RunConfig.model_validate(merge(base, changes))
 

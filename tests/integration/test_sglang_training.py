@@ -16,13 +16,13 @@ from tests.integration.sglang_server import running_sglang
 from tests.tiny import SCRATCH, tiny
 
 from sluice.config import RunConfig
+from sluice.config.dump import flatten
 from sluice.config.model import ScratchConfig
 from sluice.errors import EngineError
 from sluice.log import ACCOUNTED, EpisodeRecord, Kind, LogReader, account
 from sluice.models.build import make_scratch
 from sluice.obs.metrics import read_metrics
 from sluice.orchestrate import api
-from sluice.orchestrate.folder import flatten
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -18,7 +18,7 @@ from sluice.errors import EngineError, RewardError
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = (
-    "", "train", "sft", "eval", "generate", "episodes", "doctor", "config", "config show", "config schema",
+    "", "train", "sft", "eval", "generate", "episodes", "report", "doctor", "config", "config show", "config schema",
     "serve", "models", "models fetch", "engines", "engines install", "engines list",
 )  # fmt: skip
 RECIPE = """

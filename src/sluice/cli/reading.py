@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,6 +33,35 @@ def episodes(
     query = make_query(step=step, group=group, kind=kind, outcome=outcome, limit=limit)
     folder = run_folder(run)
     print_lines(render(folder, select(folder, query), text=text))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folders of runs, or their names under runs/."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The page. Default: report.html in the run's folder, or here for several."
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option("--steps", metavar="N,N...", help="Steps whose episodes go in. Default: some, first and last."),
+    ] = None,
+    episodes: Annotated[
+        int | None, typer.Option("--episodes", min=0, metavar="N", help="At most this many episodes. Default: 160.")
+    ] = None,
+) -> None:
+    """Write a page about a run, or several: curves, time, what became of episodes, every token. Prints its path."""
+    from sluice.obs.report.build import wish
+
+    wanted = wish(steps, episodes)
+    from sluice.orchestrate.reporting import write_report
+
+    typer.echo(write_report(runs, out, wanted))
 
 
 @config_app.command()

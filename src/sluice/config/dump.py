@@ -89,3 +89,15 @@ def _inline(value: Any, where: str) -> str:
 
 def _key(name: str) -> str:
     return name if _BARE.fullmatch(name) else _inline(name, name)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries and lists as dotted keys."""
+    table, items = as_table(value), as_list(value)
+    inner = table or dict(enumerate(items or ()))
+    if not inner:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, each in inner.items():
+        flat |= flatten(each, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -61,6 +61,8 @@ class ObsConfig(Part):
 
     tensorboard: bool = True
     """Write TensorBoard event files to the run folder."""
+    report: bool = True
+    """Write `report.html` to the run folder when the run ends, by a failure too."""
     live: bool | None = None
     """Live view; None shows it when the output is a terminal."""
 

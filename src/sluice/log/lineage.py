@@ -85,8 +85,8 @@ def account(entries: Iterable[Entry]) -> Account:
                 counts[episode.id] = counts.get(episode.id, 0) + 1
                 continue
             case ResumeRecord() as resume:
-                abandoned += [record for seq, record in standing if _void(seq, record, resume)]
-                standing = [(seq, record) for seq, record in standing if not _void(seq, record, resume)]
+                abandoned += [record for seq, record in standing if is_void(seq, record, resume)]
+                standing = [(seq, record) for seq, record in standing if not is_void(seq, record, resume)]
                 continue
             case DispositionRecord() as record:
                 standing.append((entry.seq, record))
@@ -111,5 +111,6 @@ def account(entries: Iterable[Entry]) -> Account:
     )
 
 
-def _void(seq: int, record: DispositionRecord, resume: ResumeRecord) -> bool:
+def is_void(seq: int, record: DispositionRecord, resume: ResumeRecord) -> bool:
+    """Whether a resume takes back a disposition that was recorded before it, as record `seq`."""
     return seq > resume.cursor if record.step is None else record.step > resume.step

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, TypeAlias
 
-from sluice.types import Episode, GroupRequest, Reward, Version
+from sluice.types import Episode, Floats, GroupRequest, Reward, Version
 
 
 class Kind(StrEnum):
@@ -101,6 +101,8 @@ class DispositionRecord:
         step: optimizer step; required for `trained`. Give it for the others when the decision belongs to one.
         reason: why it is excluded or dropped, for example `infra_failure` or `stale: lag 3 > 1`.
         masked_tokens: sampled tokens that staleness took out of the loss.
+        advantage: what the trainer was given for the sampled tokens, in order of segments and positions: shape `[1]`
+            when it is the same at all of them, else `[sampled tokens]`; None when nothing was trained.
     """
 
     kind: ClassVar[Kind] = Kind.DISPOSITION
@@ -110,6 +112,7 @@ class DispositionRecord:
     step: int | None = None
     reason: str = ""
     masked_tokens: int = 0
+    advantage: Floats | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.disposition is Disposition.TRAINED and self.step is None:

@@ -19,6 +19,7 @@ from sluice.obs.summary import Summary
 from sluice.obs.view import View, make_view
 from sluice.orchestrate.folder import open_folder
 from sluice.orchestrate.inline import InlineRun, evaluate_model
+from sluice.orchestrate.reporting import report_run
 from sluice.orchestrate.running import run_to_end
 from sluice.orchestrate.setup import embedded_engine, initial_model, load_data
 from sluice.orchestrate.warm_start import fine_tune
@@ -48,7 +49,15 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, v
     _prepare(config)
     folder = open_folder(config, resume=resume, overwrite=overwrite)
     shown = view or make_view(config.obs.live)
-    return run_to_end(InlineRun(config, folder, shown, resume=resume).run())
+    try:
+        summary = run_to_end(InlineRun(config, folder, shown, resume=resume).run())
+    except Exception:
+        if config.obs.report:
+            report_run(folder, shown.log)
+        raise
+    if config.obs.report:
+        report_run(folder, shown.log)
+    return summary
 
 
 def sft(config: RunConfig, out: Path | None = None) -> Path:

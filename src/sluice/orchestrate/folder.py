@@ -4,6 +4,7 @@ runs/NAME/
     config.json         the resolved configuration
     metrics.jsonl       one row a batch
     summary.json        written at the end
+    report.html         written at the end, and by `sluice report`
     agents/             logs of agent programs, an episode each (runner `command`)
     engines/            logs of SGLang servers and the router that were started here
     log/                the durable episode log (`sluice episodes runs/NAME`)
@@ -18,10 +19,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
+from sluice.config.dump import flatten
 from sluice.config.run import RunConfig
 from sluice.errors import ConfigError
 
@@ -94,17 +95,3 @@ def _check_unchanged(config: RunConfig, saved: Path) -> None:
 def digest(config: RunConfig) -> str:
     """xxh3-128 of the resolved configuration, hex: names it in the log."""
     return xxhash.xxh3_128_hexdigest(config.model_dump_json().encode())
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries and lists as dotted keys."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {} if items else {prefix: value}
-    for key, inner in items:
-        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat

@@ -54,18 +54,32 @@ class Learner:
             for group in groups
         ]
 
-    def update(self, groups: list[Group], batch: int) -> tuple[list[StepStats], dict[str, float]]:
+    def credit(self, groups: list[Group]) -> list[list[TrainSample]]:
+        """Samples with advantages (and returns), one list per optimizer update."""
+        algorithm = self._algorithm
+        streams = {"advantage": algorithm.credit(groups)}
+        if isinstance(algorithm, ActorCritic):
+            streams["return"] = algorithm.targets(groups)
+        size = len(groups) // algorithm.updates_per_batch
+        return [
+            [
+                sample.with_streams(**{name: values[sample.key] for name, values in streams.items()})
+                for sample in samples_of(groups[start : start + size])
+            ]
+            for start in range(0, len(groups), size)
+        ]
+
+    def update(self, updates: Sequence[Sequence[TrainSample]], batch: int) -> tuple[list[StepStats], dict[str, float]]:
         """Every update of one batch.
 
         Args:
-            groups: scored.
+            updates: what `credit` gave.
             batch: how many batches the run has trained before.
 
         Returns:
             What each step of the policy did, and metrics of the critic. While the critic warms up alone the
             policy's steps are counted as ever, and skipped.
         """
-        updates = self._credited(groups)
         algorithm, metrics = self._algorithm, dict[str, float]()
         warming = isinstance(algorithm, ActorCritic) and batch < algorithm.critic.warmup_batches
         stats: list[StepStats] = []
@@ -82,21 +96,6 @@ class Learner:
     def _batch(self, samples: list[TrainSample]) -> TrainBatch:
         algorithm = self._algorithm
         return make_batch(samples, budget=self._budget, normaliser=algorithm.normaliser, constant=algorithm.constant)
-
-    def _credited(self, groups: list[Group]) -> list[list[TrainSample]]:
-        """Samples with advantages (and returns), one list per optimizer update."""
-        algorithm = self._algorithm
-        streams = {"advantage": algorithm.credit(groups)}
-        if isinstance(algorithm, ActorCritic):
-            streams["return"] = algorithm.targets(groups)
-        size = len(groups) // algorithm.updates_per_batch
-        return [
-            [
-                sample.with_streams(**{name: values[sample.key] for name, values in streams.items()})
-                for sample in samples_of(groups[start : start + size])
-            ]
-            for start in range(0, len(groups), size)
-        ]
 
 
 def value_metrics(samples: Sequence[TrainSample]) -> dict[str, float]:

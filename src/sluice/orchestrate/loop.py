@@ -29,6 +29,7 @@ from sluice.obs.timing import PhaseTimer
 from sluice.obs.view import View
 from sluice.orchestrate.batch_metrics import gate_metrics, rollout_metrics, task_metrics, train_metrics
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
+from sluice.orchestrate.fates import disposition, with_advantages
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
 from sluice.orchestrate.producer import Producer
@@ -175,9 +176,10 @@ class Loop:
         with self._phase("score"):
             scored = parts.learner.score(judged)
         with self._phase("train"):
-            stats, critic_metrics = parts.learner.update(scored, progress.batch)
+            updates = parts.learner.credit(scored)
+            stats, critic_metrics = parts.learner.update(updates, progress.batch)
         progress.step += len(stats)
-        version = await self.publish(*dispositions)
+        version = await self.publish(*with_advantages(dispositions, updates))
         parts.buffer.trained()
         progress.batch += 1
         metrics = (
@@ -284,13 +286,3 @@ class Loop:
                 write["critic"] = parts.critic.save_state
             parts.checkpoints.save(progress.batch, state, write)
             await parts.journal.write(CheckpointRecord(progress.step, self._in_use()))
-
-
-def disposition(member: Scored, verdict: Judgement, step: int) -> DispositionRecord:
-    """What became of a valid episode of the batch: trained unless all of it was taken out of the loss."""
-    episode = member.episode
-    tokens = episode.num_sampled_tokens
-    stale = verdict.masked_tokens == tokens
-    reason = verdict.dropped or (f"stale: all of its {tokens} tokens" if stale else "")
-    kind = Disposition.DROPPED if reason else Disposition.TRAINED
-    return DispositionRecord(episode.id, episode.group_id, kind, step, reason, verdict.masked_tokens)
