@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if BLOCK.search(page.read_text()))
 
+QUICK = ("README.md", "start.md")
+"""What a newcomer reads first; the others train for a minute each."""
+
 
 def place(folder: Path, language: str, text: str) -> Path | None:
     """Write a file block where its first line says; None for commands."""
@@ -34,7 +37,10 @@ def place(folder: Path, language: str, text: str) -> Path | None:
     return file
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=() if page.name in QUICK else pytest.mark.slow, id=page.name) for page in PAGES],
+)
 def test_blocks_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     bin_folder = tmp_path / "bin"
