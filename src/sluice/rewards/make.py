@@ -5,6 +5,9 @@ from __future__ import annotations
 from sluice.config.rewards import (
     ExactReward,
     GivenReward,
+    HttpReward,
+    JudgeGroupReward,
+    JudgeReward,
     NumericReward,
     PythonGroupReward,
     PythonReward,
@@ -16,6 +19,8 @@ from sluice.config.rewards import (
 from sluice.rewards.base import GroupVerifier, Verifier
 from sluice.rewards.exact import ExactVerifier
 from sluice.rewards.given import GivenVerifier
+from sluice.rewards.http import HttpVerifier
+from sluice.rewards.judge import JudgeGroupVerifier, JudgeVerifier
 from sluice.rewards.means import Means
 from sluice.rewards.numeric import NumericVerifier
 from sluice.rewards.python import PythonGroupVerifier, PythonVerifier
@@ -39,6 +44,12 @@ def make_verifier(config: RewardConfig, means: Means) -> Verifier | GroupVerifie
             return PythonVerifier(config)
         case PythonGroupReward():
             return PythonGroupVerifier(config)
+        case HttpReward():
+            return HttpVerifier(config, means)
+        case JudgeReward():
+            return JudgeVerifier(config, means)
+        case JudgeGroupReward():
+            return JudgeGroupVerifier(config, means)
         case RandomReward():
             return RandomVerifier(config)
         case GivenReward():

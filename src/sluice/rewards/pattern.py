@@ -45,7 +45,11 @@ class TimedPattern:
         Raises:
             TooSlowError: it was not found in time.
         """
-        found: deque[Any] = await self._run(
+        return await asyncio.to_thread(self.last_now, text)
+
+    def last_now(self, text: str) -> str:
+        """`last`, in the thread that calls it."""
+        found: deque[Any] = self._timed(
             lambda timeout: deque(self._pattern.finditer(text, timeout=timeout, concurrent=True), maxlen=1)
         )
         if not found:

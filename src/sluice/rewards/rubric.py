@@ -13,6 +13,7 @@ from sluice.rewards.base import GroupVerifier, Score, Submission, Verifier, Veri
 from sluice.rewards.make import make_verifier
 from sluice.rewards.means import Means
 from sluice.rewards.pattern import EXTRACT_SECONDS, TimedPattern
+from sluice.rewards.remote import ServiceError
 from sluice.types import Prompt, Reward
 
 
@@ -215,6 +216,8 @@ async def _compare(component: Component, prompt: Prompt, responses: Sequence[Res
 def _failure(component: Component, prompt: Prompt, error: BaseException) -> VerifierFailure:
     if isinstance(error, VerifierFailure):
         return error
+    if isinstance(error, ServiceError):
+        return VerifierFailure(component.name, prompt.id, f"was not given: {error}")
     what = error.args[0] if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
     return VerifierFailure(component.name, prompt.id, f"raised {what}")
 
@@ -227,10 +230,15 @@ async def _submission(
 
 
 def _component(config: RewardConfig, means: Means) -> Component:
+    name = config.name or config.type
+    try:
+        verifier = make_verifier(config, means)
+    except RewardError as error:
+        raise RewardError(f"reward {name!r}: {error.args[0]}", hint=error.hint) from error
     return Component(
-        name=config.name or config.type,
+        name=name,
         weight=config.weight,
         tasks=frozenset(config.tasks),
         pattern=TimedPattern(config.pattern, seconds=EXTRACT_SECONDS) if config.pattern else None,
-        verifier=make_verifier(config, means),
+        verifier=verifier,
     )

@@ -8,6 +8,13 @@ from pydantic import Field
 
 from sluice.config.rewards.base import RewardBase
 from sluice.config.rewards.group import GroupRewardBase, PythonGroupReward
+from sluice.config.rewards.remote import (
+    HttpReward,
+    JudgeGroupReward,
+    JudgeReward,
+    JudgeRewardBase,
+    RemoteRewardBase,
+)
 from sluice.config.rewards.verifiers import (
     ExactReward,
     GivenReward,
@@ -22,12 +29,17 @@ __all__ = [
     "ExactReward",
     "GivenReward",
     "GroupRewardBase",
+    "HttpReward",
+    "JudgeGroupReward",
+    "JudgeReward",
+    "JudgeRewardBase",
     "NumericReward",
     "PythonGroupReward",
     "PythonReward",
     "RandomReward",
     "ReasoningGymReward",
     "RegexReward",
+    "RemoteRewardBase",
     "RewardBase",
     "RewardConfig",
 ]
@@ -39,6 +51,9 @@ RewardConfig = Annotated[
     | RegexReward
     | PythonReward
     | PythonGroupReward
+    | HttpReward
+    | JudgeReward
+    | JudgeGroupReward
     | RandomReward
     | GivenReward,
     Field(discriminator="type"),
