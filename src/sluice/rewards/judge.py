@@ -70,7 +70,7 @@ class Judge:
         """The text of one reply, and whether it is whole."""
         config = self._config
         body = {"model": config.model, "messages": list(messages), "temperature": config.temperature, **config.params}
-        if config.max_tokens is not None:
+        if config.max_tokens:
             body["max_tokens"] = config.max_tokens
         reply = await self._service.post(body)
         try:

@@ -55,8 +55,8 @@ class JudgeRewardBase(RemoteRewardBase):
     """System message put before it."""
     temperature: float = Field(default=0.0, ge=0)
     """Of the judge's sampling."""
-    max_tokens: int | None = Field(default=1_024, ge=1)
-    """Limit of its reply; None leaves it to the server."""
+    max_tokens: int = Field(default=1_024, ge=0)
+    """Limit of its reply; 0 leaves it to the server."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the request, such as `response_format` or `seed`."""
     attempts: int = Field(default=3, ge=1)
