@@ -11,7 +11,8 @@ SluiceError
 ├── WeightsError           weights could not be published or applied      exit 6
 ├── TrainError             the trainer cannot go on                       exit 7
 ├── CheckpointError        a checkpoint is missing, torn or of another run exit 8
-└── LogError               the durable log cannot be written or read      exit 9
+├── LogError               the durable log cannot be written or read      exit 9
+└── SandboxError           untrusted code could not be confined or run    exit 10
 ```
 
 The rule for a new class: somebody catches it by name. Otherwise use the nearest one above. A message says
@@ -94,3 +95,9 @@ class LogError(SluiceError):
     """The durable log cannot be written or read."""
 
     exit_code = 9
+
+
+class SandboxError(SluiceError):
+    """Untrusted code could not be confined or run: the sandbox failed, not the code."""
+
+    exit_code = 10

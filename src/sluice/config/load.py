@@ -43,9 +43,9 @@ from sluice.nearest import nearest
 
 __all__ = ["FREE_FORM", "PATHS", "load_recipe", "resolved_json", "resolved_toml", "schema"]
 
-FREE_FORM = frozenset({"params", "architecture", "chat_template_kwargs", "args", "env", "speculative"})
+FREE_FORM = frozenset({"params", "architecture", "chat_template_kwargs", "args", "env", "speculative", "labels"})
 """Tables whose keys belong to somebody else's code."""
-PATHS = frozenset({"path", "python", "template", "tools", "command", "verify"})
+PATHS = frozenset({"path", "python", "template", "tools", "command", "verify", "prompt_file"})
 """Keys that hold a file, `file.py:name`, or a list of words some of which may be files."""
 _TOML_PLACE = re.compile(r" \(at line (\d+), column \d+\)")
 _SUFFIXES = (".toml", ".py", ".json")

@@ -46,8 +46,10 @@ from sluice.orchestrate.setup import (
 )
 from sluice.orchestrate.streams import frozen_policies
 from sluice.orchestrate.warm_start import fine_tune
+from sluice.rewards.means import Means
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.engines.sglang import SGLangFleet
+from sluice.sandbox.sandbox import Sandbox
 from sluice.train.base import Critic, Trainer
 from sluice.types import Version
 from sluice.weights.lineage import Lineage
@@ -80,7 +82,7 @@ class InlineRun:
             journal = Journal(writer)
             checkpoint = checkpoints.latest() if self._resume else None
             data = load_data(config.data, seed=config.seed)
-            rubric = Rubric(config.rewards)
+            rubric = Rubric(config.rewards, Means(Sandbox))
             stack.push_async_callback(rubric.close)
             rubric.check(data.tasks, complete=True)
             rubric.check_prompts(data.trained)
@@ -98,6 +100,7 @@ class InlineRun:
             rollout = await open_rollout(
                 stack, config.rollout, engine, tokenizer, folder=folder,
                 template_kwargs=config.model.chat_template_kwargs, tell=self._view.log,
+                beside=(*config.rewards, *(config.evaluation.rewards or ())),
             )  # fmt: skip
             check_prompts(rollout.runner, data, config.rollout.sampling.max_new_tokens)
 
@@ -245,7 +248,7 @@ def make_evaluator(
     """The evaluator of a recipe, with the evaluation's own rewards and sampling."""
     require(data.held_out, "held-out prompts")
     chosen = config.evaluation
-    rubric = Rubric(chosen.rewards or config.rewards)
+    rubric = Rubric(chosen.rewards or config.rewards, Means(Sandbox))
     stack.push_async_callback(rubric.close)
     rubric.check({prompt.task for prompt in data.held_out})
     rubric.check_prompts(data.held_out)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sluice.config.base import Part
 from sluice.config.gateway import GatewayConfig
 from sluice.config.rollout import RolloutConfig
 from sluice.config.runners import SingleTurnRunner, ToolsRunner
@@ -47,6 +48,7 @@ async def open_rollout(
     folder: Path,
     template_kwargs: dict[str, object],
     tell: Tell,
+    beside: Sequence[Part] = (),
 ) -> Rollout:
     """Start the engine and what the recipe's runner needs around it; `stack` closes all of it again.
 
@@ -54,13 +56,14 @@ async def open_rollout(
         engine: not started yet.
         folder: the run folder.
         tell: shown to the person who watches: start-up, the chat template's stability, the gateway's address.
+        beside: further parts of the recipe that name keys, which no agent's program may inherit.
     """
     context_length = await start_engine(stack, config, engine)
     chat = ChatRenderer(tokenizer, config.chat, template_kwargs)
     if isinstance(config.runner, SingleTurnRunner):
         runner = SingleTurn(engine, chat, context_length=context_length, routes=brings_routes(config))
         return Rollout(runner, chat, None)
-    kit = make_kit(config, engine, chat, context_length, folder=folder, tell=tell)
+    kit = make_kit(config, engine, chat, context_length, folder=folder, tell=tell, beside=beside)
     if isinstance(config.runner, ToolsRunner):
         return Rollout(ToolLoop(config.runner, kit), chat, None)
     from sluice.orchestrate.agents import open_agents  # a web server, only where agents come over HTTP
@@ -76,12 +79,19 @@ async def start_engine(stack: AsyncExitStack, config: RolloutConfig, engine: Eng
 
 
 def make_kit(
-    config: RolloutConfig, engine: Engine, chat: ChatRenderer, context_length: int, *, folder: Path, tell: Tell
+    config: RolloutConfig,
+    engine: Engine,
+    chat: ChatRenderer,
+    context_length: int,
+    *,
+    folder: Path,
+    tell: Tell,
+    beside: Sequence[Part] = (),
 ) -> Toolkit:
     """What sessions are made with, no gateway in it yet. Tells how stable the chat template is."""
     tell(str(chat.check()))
     limits = make_limits(config.gateway, context_length)
-    return Toolkit(engine, chat, limits, folder, None, brings_routes(config), secrets(config))
+    return Toolkit(engine, chat, limits, folder, None, brings_routes(config), secrets(config, *beside))
 
 
 def brings_routes(config: RolloutConfig) -> bool:
@@ -115,9 +125,17 @@ def make_limits(config: GatewayConfig, context_length: int) -> Limits:
     )
 
 
-def secrets(config: RolloutConfig) -> frozenset[str]:
-    """Environment variables that hold keys of ours."""
-    return frozenset({config.gateway.owner_key_env, config.sglang.api_key_env} - {""}) & os.environ.keys()
+def secrets(*parts: Part) -> frozenset[str]:
+    """Environment variables that hold keys of ours: those that a `…key_env` of these parts of the recipe names."""
+    names: set[str] = set()
+    for part in parts:
+        for name in type(part).model_fields:
+            value: object = getattr(part, name)
+            if isinstance(value, Part):
+                names |= secrets(value)
+            elif name.endswith("key_env"):
+                names.add(str(value))
+    return frozenset(names - {""}) & os.environ.keys()
 
 
 def check_capabilities(config: RolloutConfig, capabilities: Capabilities) -> int:

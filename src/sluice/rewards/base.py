@@ -87,6 +87,44 @@ class GroupVerifier(Protocol):
         ...
 
 
+class CodeRan(Protocol):
+    """A program that has ended in a sandbox."""
+
+    @property
+    def ending(self) -> str:
+        """`exited`, `timeout` or `limit`."""
+        ...
+
+    @property
+    def code(self) -> int | None:
+        """Exit code, minus the signal; None when it was ended from outside."""
+        ...
+
+    @property
+    def limit(self) -> str:
+        """Which limit it met; empty when none."""
+        ...
+
+    @property
+    def stdout(self) -> str: ...
+
+    @property
+    def stderr(self) -> str: ...
+
+
+class CodeRunner(Protocol):
+    """Runs code that nobody has read."""
+
+    @property
+    def exposed(self) -> str:
+        """What of this machine a program can reach, in words; empty when nothing."""
+        ...
+
+    async def run(self, program: str, *, stdin: str = "") -> CodeRan:
+        """Run a Python program to its end. Raises SandboxError when the sandbox failed, not the program."""
+        ...
+
+
 def as_score(value: Any) -> float | None:
     """`value` as a finite float; a bool is 0 or 1. None for anything that is no score."""
     if isinstance(value, bool | np.bool_):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from sluice.config.rewards import (
+    CodeReward,
     ExactReward,
     GivenReward,
     HttpReward,
     JudgeGroupReward,
     JudgeReward,
+    MathReward,
     NumericReward,
     PythonGroupReward,
     PythonReward,
@@ -17,10 +19,12 @@ from sluice.config.rewards import (
     RewardConfig,
 )
 from sluice.rewards.base import GroupVerifier, Verifier
+from sluice.rewards.code import CodeVerifier
 from sluice.rewards.exact import ExactVerifier
 from sluice.rewards.given import GivenVerifier
 from sluice.rewards.http import HttpVerifier
 from sluice.rewards.judge import JudgeGroupVerifier, JudgeVerifier
+from sluice.rewards.math import MathVerifier
 from sluice.rewards.means import Means
 from sluice.rewards.numeric import NumericVerifier
 from sluice.rewards.python import PythonGroupVerifier, PythonVerifier
@@ -40,6 +44,10 @@ def make_verifier(config: RewardConfig, means: Means) -> Verifier | GroupVerifie
             return NumericVerifier(config)
         case RegexReward():
             return RegexVerifier(config)
+        case MathReward():
+            return MathVerifier(config, means)
+        case CodeReward():
+            return CodeVerifier(config, means)
         case PythonReward():
             return PythonVerifier(config)
         case PythonGroupReward():

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from sluice.config.rewards.base import RewardBase
+from sluice.config.rewards.code import CodeReward
 from sluice.config.rewards.group import GroupRewardBase, PythonGroupReward
 from sluice.config.rewards.remote import (
     HttpReward,
@@ -18,6 +19,7 @@ from sluice.config.rewards.remote import (
 from sluice.config.rewards.verifiers import (
     ExactReward,
     GivenReward,
+    MathReward,
     NumericReward,
     PythonReward,
     RandomReward,
@@ -26,6 +28,7 @@ from sluice.config.rewards.verifiers import (
 )
 
 __all__ = [
+    "CodeReward",
     "ExactReward",
     "GivenReward",
     "GroupRewardBase",
@@ -33,6 +36,7 @@ __all__ = [
     "JudgeGroupReward",
     "JudgeReward",
     "JudgeRewardBase",
+    "MathReward",
     "NumericReward",
     "PythonGroupReward",
     "PythonReward",
@@ -49,6 +53,8 @@ RewardConfig = Annotated[
     | ExactReward
     | NumericReward
     | RegexReward
+    | MathReward
+    | CodeReward
     | PythonReward
     | PythonGroupReward
     | HttpReward

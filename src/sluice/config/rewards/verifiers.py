@@ -51,6 +51,19 @@ class RegexReward(RewardBase):
     """CPU time of one match; an expression that takes longer (catastrophic backtracking) is an infra failure."""
 
 
+class MathReward(RewardBase):
+    """1 when math-verify finds the answer equal to the ground truth: numbers, LaTeX, sets, intervals, equations.
+
+    Needs the extra `math`. Without a `pattern` the answer is looked for in the whole response: `\\boxed{}` first.
+    """
+
+    type: Literal["math_verify"] = "math_verify"
+    seconds: float = Field(default=5.0, gt=0)
+    """CPU time of one comparison; an answer on which it does not end in that time is wrong."""
+    workers: int = Field(default=2, ge=1)
+    """Helper processes; math-verify works in the main thread of a process only."""
+
+
 class PythonReward(RewardBase):
     """A function of your own: `(prompt, answer) -> float`, plain or async."""
 

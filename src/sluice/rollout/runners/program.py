@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from sluice.rollout.process import die_with, signal_group
+from sluice.sandbox.pipe import pipe
 
 LOG_BYTES = 8 * 1024**2
 """What is kept of a program's output; the rest is counted and thrown away."""
@@ -106,7 +107,7 @@ async def run_program(
     """
     async with AsyncExitStack() as stack:
         file = stack.enter_context(log.open("ab"))
-        (out, out_end), (err, err_end) = [await _pipe(stack) for _ in range(2)]
+        (out, out_end), (err, err_end) = [await pipe(stack) for _ in range(2)]
         try:
             process = await asyncio.create_subprocess_exec(
                 *command, cwd=folder, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=out_end, stderr=err_end,
@@ -129,17 +130,6 @@ async def run_program(
                 pump.cancel()
             await asyncio.gather(process.wait(), *pumps, return_exceptions=True)
     return Ended(code, error or output, output)
-
-
-async def _pipe(stack: AsyncExitStack) -> tuple[asyncio.StreamReader, int]:
-    """Our end to read, the program's to write. Pipes of asyncio's own would make `wait` wait for grandchildren."""
-    ours, theirs = os.pipe()
-    reader = asyncio.StreamReader()
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, "rb", buffering=0)
-    )
-    stack.callback(transport.close)
-    return reader, theirs
 
 
 async def _wait(process: asyncio.subprocess.Process, seconds: float) -> int | None:
