@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_cases import family
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from train_cases import SHAPE, WORDS, scratch
 
 from sluice.config.model import ScratchConfig, TokenizerConfig
@@ -141,7 +143,10 @@ def test_folder_that_does_not_fit_together(folder: Path, tmp_path: Path) -> None
         load_model(broken, dtype="float32", attn_implementation="sdpa")
     broken = _copy(folder, tmp_path / "b")
     _edit_config(broken, intermediate_size=50)
-    with pytest.raises(TrainError, match="could not be loaded"):
+    with pytest.raises(
+        TrainError,
+        match=r"mlp\.\w+_proj.weight in .* is .*48.* but config.json makes it .*50.* \(intermediate_size = 50\)",
+    ):
         load_model(broken, dtype="float32", attn_implementation="sdpa")
     broken = _copy(folder, tmp_path / "c")
     _edit_config(broken, vocab_size=10)
@@ -155,3 +160,57 @@ def test_folder_that_does_not_fit_together(folder: Path, tmp_path: Path) -> None
     _edit_config(broken, model_type="lama")
     with pytest.raises(ConfigError, match="did you mean 'llama'"):
         check_model_folder(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": 40}, r"\(hidden_size = 40\)"),
+        ({"vocab_size": 60}, r"embed_tokens.weight in .* is \[49, 32\], but .* \[60, 32\] \(vocab_size = 60\)"),
+        ({"num_attention_heads": 6}, r"o_proj.weight|q_proj.weight"),
+        ({"tie_word_embeddings": False}, r"lack 1 tensors .* lm_head.weight\n.*tie_word_embeddings = true"),
+        (
+            {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
+            r"hold 11 tensors that config.json does not know: its num_hidden_layers is 1, first model.layers.1",
+        ),
+    ],
+)
+def test_a_config_that_lies_about_its_weights(
+    changes: dict[str, object], says: str, folder: Path, tmp_path: Path
+) -> None:
+    broken = _copy(folder, tmp_path / "a")
+    _edit_config(broken, **changes)
+    with pytest.raises(TrainError, match=says):
+        load_model(broken, dtype="float32", attn_implementation="sdpa")
+
+
+def test_tensors_that_lie(folder: Path, tmp_path: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+
+    def written(name: str, **changes: torch.Tensor) -> Path:
+        broken = _copy(folder, tmp_path / name)
+        changed = {**weights, **{key.replace("__", "."): value for key, value in changes.items()}}
+        save_file(changed, broken / "model.safetensors", metadata={"format": "pt"})
+        return broken
+
+    for broken, says in (
+        (written("extra", surprise=torch.zeros(2)), "hold 1 tensors that config.json does not know, first surprise"),
+        (written("flat", model__norm__weight=torch.zeros(31)), r"model.norm.weight in .* is \[31\], but .* \[32\]"),
+        (written("tied", lm_head__weight=embedding + 1), "tie_word_embeddings = true, but lm_head.weight and"),
+    ):
+        with pytest.raises(TrainError, match=says):
+            load_model(broken, dtype="float32", attn_implementation="sdpa")
+    load_model(written("twice", lm_head__weight=embedding.clone()), dtype="float32", attn_implementation="sdpa")
+    (torn := _copy(folder, tmp_path / "torn")).joinpath("model.safetensors").write_bytes(b"torn")
+    with pytest.raises(TrainError, match="cannot be read"):
+        load_model(torn, dtype="float32", attn_implementation="sdpa")
+
+
+def test_layers_that_predict_further_ahead_are_left_aside(tmp_path: Path) -> None:
+    folder = family(tmp_path, "glm4_moe")
+    _edit_config(folder, num_nextn_predict_layers=1)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.eh_proj.weight"] = torch.zeros(32, 64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(folder, dtype="float32", attn_implementation="sdpa")

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from sluice.config.model import DType, ScratchConfig
 from sluice.errors import ConfigError, TrainError
+from sluice.models.honest import check_report, check_shapes
 from sluice.models.tokenizer import EOS, PAD, build_tokenizer
 from sluice.nearest import nearest
 
@@ -49,11 +50,12 @@ def load_model(path: Path, *, dtype: DType | torch.dtype, attn_implementation: s
 
     Raises:
         ConfigError: the folder or a file is missing, or the model type is unknown.
-        TrainError: the weights do not fit the configuration.
+        TrainError: the weights do not fit the configuration; names the tensor and the field.
     """
-    check_model_folder(path)
+    config = read_config(path)
     wanted = torch_dtype(dtype) if isinstance(dtype, str) else dtype
     try:
+        check_shapes(path, config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=wanted,
@@ -68,12 +70,7 @@ def load_model(path: Path, *, dtype: DType | torch.dtype, attn_implementation: s
             hint="check that config.json and the safetensors files belong together",
         ) from error
     model, report = loaded
-    absent = sorted(report["missing_keys"])
-    if absent:
-        raise TrainError(
-            f"the weights in {path} lack {len(absent)} tensors that config.json asks for, first {absent[0]}",
-            hint="copy all safetensors shards of the model into the folder, with their config.json",
-        )
+    check_report(path, config, report)
     return model.eval()
 
 
