@@ -11,6 +11,7 @@ from sluice.config.algos import AlgorithmConfig, GRPOConfig
 from sluice.config.base import Part
 from sluice.config.data import DataConfig, OnStale
 from sluice.config.model import ModelConfig
+from sluice.config.obs import ObsConfig
 from sluice.config.offline import refusals
 from sluice.config.rewards import GivenReward, GroupRewardBase, RewardConfig
 from sluice.config.rollout import RolloutConfig, SamplingConfig
@@ -54,17 +55,6 @@ class LogConfig(Part):
     power_safe: bool = False
     """Also survive power loss, at the price of one disk flush a record; a killed process loses nothing
     either way."""
-
-
-class ObsConfig(Part):
-    """What is shown and written beside the log."""
-
-    tensorboard: bool = True
-    """Write TensorBoard event files to the run folder."""
-    report: bool = True
-    """Write `report.html` to the run folder when the run ends, by a failure too."""
-    live: bool | None = None
-    """Live view; None shows it when the output is a terminal."""
 
 
 class LimitsConfig(Part):

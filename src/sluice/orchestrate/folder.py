@@ -10,6 +10,8 @@ runs/NAME/
     log/                the durable episode log (`sluice episodes runs/NAME`)
     checkpoints/        atomic, newest last
     tensorboard/        event files
+    wandb/              W&B's files, and wandb.json with the run's id (`obs.wandb`)
+    prometheus.json     the address of the metrics while the run lasts (`obs.prometheus`)
     model-init/         the model before anything was trained, when made from scratch
     model-sft/          after the warm start, when there is one
 """

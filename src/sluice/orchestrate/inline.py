@@ -20,7 +20,8 @@ from sluice.errors import ConfigError, LogError
 from sluice.log.records import FaultRecord, ResumeRecord, RunRecord
 from sluice.log.writer import LogWriter
 from sluice.models.build import load_tokenizer
-from sluice.obs.metrics import JsonlSink, MetricSink, TensorBoardSink
+from sluice.obs.metrics import MetricSink
+from sluice.obs.sinks import open_sinks
 from sluice.obs.summary import Summary
 from sluice.obs.timing import PhaseTimer
 from sluice.obs.view import View
@@ -216,11 +217,13 @@ class InlineRun:
         return lambda version: True
 
     def _sinks(self, stack: AsyncExitStack, batch: int) -> list[MetricSink]:
-        sinks: list[MetricSink] = [JsonlSink(self._folder / "metrics.jsonl")]
-        if self._config.obs.tensorboard:
-            sinks.append(TensorBoardSink(self._folder / "tensorboard"))
+        config = self._config
+        sinks, close = open_sinks(
+            config.obs, self._folder, name=config.name, settings=config.model_dump(mode="json"), resume=self._resume,
+            tell=self._view.log,
+        )  # fmt: skip
+        stack.callback(close)
         for sink in sinks:
-            stack.callback(sink.close)
             if self._resume:
                 sink.truncate_after(batch)
         return sinks
