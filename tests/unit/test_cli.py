@@ -18,7 +18,7 @@ from sluice.errors import EngineError, RewardError
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = (
-    "", "train", "sft", "eval", "generate", "episodes", "report", "doctor", "config", "config show", "config schema",
+    "", "train", "sft", "dpo", "eval", "generate", "episodes", "report", "doctor", "config", "config show", "config schema",
     "serve", "models", "models fetch", "engines", "engines install", "engines list",
 )  # fmt: skip
 RECIPE = """
@@ -52,6 +52,10 @@ class Api:
         self._called("sft", *args)
         return Path("out")
 
+    def dpo(self, *args: Any) -> Path:
+        self._called("dpo", *args)
+        return Path("out")
+
     def evaluate(self, *args: Any) -> dict[str, Any]:
         self._called("evaluate", *args)
         return {"accuracy": 0.5}
@@ -71,7 +75,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Api:
     double = Api()
-    names = ("train", "sft", "evaluate", "generate")
+    names = ("train", "sft", "dpo", "evaluate", "generate")
     module = types.SimpleNamespace(**{name: getattr(double, name) for name in names})
     monkeypatch.setitem(sys.modules, "sluice.orchestrate.api", module)
     monkeypatch.setattr("sluice.orchestrate.api", module, raising=False)
@@ -200,12 +204,13 @@ def test_train_hands_its_flags_on(api: Api) -> None:
     assert resumed == {"resume": True, "overwrite": False}
 
 
-def test_sft_and_eval_print_their_result(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["sft", "small.toml", "--out", "there"]) == 0
-    assert capsys.readouterr().out == "out\n"
+def test_sft_dpo_and_eval_print_their_result(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    for phase in ("sft", "dpo"):
+        assert run([phase, "small.toml", "--out", "there"]) == 0
+        assert capsys.readouterr().out == "out\n"
     assert run(["eval", "small.toml", "--model", "model"]) == 0
     assert json.loads(capsys.readouterr().out) == {"accuracy": 0.5}
-    assert [call[1][1] for call in api.calls] == [Path("there"), Path("model")]
+    assert [call[1][1] for call in api.calls] == [Path("there"), Path("there"), Path("model")]
 
 
 def test_generate_prints_one_answer_a_line(api: Api, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,38 @@ class ActorCritic(Algorithm, Protocol):
     def value_loss(self, inputs: ValueInputs) -> LossOutput: ...
 
 
+Unit: TypeAlias = Sequence[TrainSample]
+"""Samples that a supervised phase keeps in one step: a demonstration, or the answers of a pair."""
+
+
+class Objective(Protocol):
+    """What a phase before RL minimises. Like an algorithm it is handed to a trainer that knows nothing of it.
+
+    Attributes:
+        requires: streams that scoring fills before `credit`.
+        normaliser, constant: what the step's loss is divided by; see `sluice.types.loss_scales`.
+    """
+
+    @property
+    def requires(self) -> frozenset[str]: ...
+
+    @property
+    def normaliser(self) -> Normaliser: ...
+
+    @property
+    def constant(self) -> float: ...
+
+    def credit(self, units: Sequence[Unit]) -> Advantages:
+        """What each token of the step weighs, the `advantage` stream."""
+        ...
+
+    def loss(self, inputs: LossInputs) -> LossOutput: ...
+
+    def report(self, units: Sequence[Unit]) -> Mapping[str, float]:
+        """Figures of a step from its scored units; a `loss` among them stands for the trainer's own."""
+        ...
+
+
 def sampled_mask(sample: TrainSample) -> NDArray[np.bool_]:
     """Tokens the policy sampled and this segment owns, shape `[len(sample)]`; stale ones included."""
     return sample["version"] >= 0

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sluice.algos.base import Advantages, samples_of
-from sluice.types import STREAMS, Group, Ids, LossInputs, LossOutput, Normaliser, TrainSample
+from sluice.algos.base import Advantages, Unit
+from sluice.types import STREAMS, Ids, LossInputs, LossOutput, Normaliser, TrainSample
 
 
 class SFT:
-    """-log π per demonstrated token, averaged over the tokens of the step."""
+    """-log π per demonstrated token, averaged over the tokens of the step. Implements `Objective`."""
 
     requires: frozenset[str] = frozenset()
     normaliser = Normaliser.TOKEN
     constant = 1.0
-    updates_per_batch = 1
 
-    def credit(self, groups: Sequence[Group]) -> Advantages:
+    def credit(self, units: Sequence[Unit]) -> Advantages:
         """No credit: every demonstrated token weighs the same."""
-        return {sample.key: np.zeros(len(sample)) for sample in samples_of(groups)}
+        return {sample.key: np.zeros(len(sample)) for unit in units for sample in unit}
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         return LossOutput(-inputs.logprobs, {})
+
+    def report(self, units: Sequence[Unit]) -> Mapping[str, float]:
+        """Nothing beyond the trainer's loss."""
+        return {}
 
 
 def demonstration(name: str, prompt: Ids, response: Ids) -> TrainSample:

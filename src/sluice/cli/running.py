@@ -60,6 +60,24 @@ def sft(
     typer.echo(api.sft(config, out))
 
 
+@app.command()
+def dpo(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Where the model goes. Default: beside the run."),
+    ] = None,
+    seed: Seed = None,
+    name: Name = None,
+) -> None:
+    """Train on the recipe's pairs of better and worse answers (its preferences) and print the model's folder."""
+    config = load(recipe, overrides, seed=seed, name=name)
+    from sluice.orchestrate import api
+
+    typer.echo(api.dpo(config, out))
+
+
 @app.command(name="eval")
 def evaluate(
     recipe: Recipe,

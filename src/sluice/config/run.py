@@ -13,6 +13,7 @@ from sluice.config.data import DataConfig, OnStale
 from sluice.config.model import ModelConfig
 from sluice.config.obs import ObsConfig
 from sluice.config.offline import refusals
+from sluice.config.preferences import PreferenceConfig
 from sluice.config.rewards import GivenReward, GroupRewardBase, RewardConfig
 from sluice.config.rollout import RolloutConfig, SamplingConfig
 from sluice.config.runners import CommandRunner, ExternalRunner, PythonRunner
@@ -96,6 +97,8 @@ class RunConfig(Part):
     """Components of the reward."""
     warm_start: SftConfig | None = None
     """Supervised steps before the first RL step."""
+    preferences: PreferenceConfig | None = None
+    """Steps on pairs of a better and a worse answer, after the warm start and before the first RL step."""
     algorithm: AlgorithmConfig = GRPOConfig()
     """The RL method."""
     teachers: tuple[TeacherConfig, ...] = ()

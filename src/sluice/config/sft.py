@@ -44,14 +44,19 @@ class PythonDemonstrations(Part):
 DemonstrationConfig = Annotated[JsonlDemonstrations | PythonDemonstrations, Field(discriminator="type")]
 
 
-class SftConfig(Part):
+class PhaseConfig(Part):
+    """What phases before RL share."""
+
+    steps: int = Field(default=100, ge=1)
+    """Optimizer steps."""
+    batch: int = Field(default=64, ge=1)
+    """Demonstrations, or pairs, a step."""
+    train: TrainConfig = TrainConfig()
+    """Optimizer and memory."""
+
+
+class SftConfig(PhaseConfig):
     """Steps of cross-entropy on the responses."""
 
     demonstrations: DemonstrationConfig
     """What to imitate."""
-    steps: int = Field(default=100, ge=1)
-    """Optimizer steps."""
-    batch: int = Field(default=64, ge=1)
-    """Demonstrations a step."""
-    train: TrainConfig = TrainConfig()
-    """Optimizer and memory."""

@@ -19,33 +19,45 @@ def check_teacher(name: str, folder: Path, policy: Path) -> None:
         policy: that of the policy's first weights.
 
     Raises:
-        ConfigError: the folder is no model with a tokenizer; the tokenizers differ (the first difference is
-            named: a token's id, then the special ids); or the teacher has fewer embeddings than the policy.
+        ConfigError: the folder is no model with a tokenizer; the tokenizers differ, see `check_same_tokens`; or the
+            teacher has fewer embeddings than the policy.
+    """
+    who = f"the teacher {name!r} in {folder}"
+    hint = "a teacher scores the policy's own token ids: take a model of the same family, with the same tokenizer"
+    check_same_tokens(who, folder, policy, hint=hint)
+    rows, needed = (read_config(each).get_text_config().vocab_size for each in (folder, policy))
+    if rows < needed:
+        raise ConfigError(f"{who} has a vocabulary of {rows}, smaller than the policy's {needed}", hint=hint)
+
+
+def check_same_tokens(who: str, folder: Path, policy: Path, *, hint: str) -> None:
+    """Compare two tokenizers by content: vocabularies, then special ids.
+
+    Args:
+        who: whose the first folder is, for the message.
+        folder, policy: Hugging Face folders.
+        hint: the next move when they differ.
+
+    Raises:
+        ConfigError: a folder is no model with a tokenizer, or they differ; the first difference is named.
     """
     theirs, ours = load_tokenizer(folder), load_tokenizer(policy)
-    hint = "a teacher scores the policy's own token ids: take a model of the same family, with the same tokenizer"
     ids = {id: token for token, id in theirs.get_vocab().items()}
     own = {id: token for token, id in ours.get_vocab().items()}
     for id in sorted(ids.keys() | own.keys()):
         if ids.get(id) != own.get(id):
             raise ConfigError(
-                f"the teacher {name!r} in {folder} has another tokenizer: its token {id} is {_token(ids.get(id))}, "
+                f"{who} has another tokenizer: its token {id} is {_token(ids.get(id))}, "
                 f"that of the policy is {_token(own.get(id))}",
                 hint=hint,
             )
     for which in _SPECIAL:
         if getattr(theirs, which) != getattr(ours, which):
             raise ConfigError(
-                f"the teacher {name!r} in {folder} has another tokenizer: its {which} is {getattr(theirs, which)}, "
+                f"{who} has another tokenizer: its {which} is {getattr(theirs, which)}, "
                 f"that of the policy is {getattr(ours, which)}",
                 hint=hint,
             )
-    rows, needed = (read_config(each).get_text_config().vocab_size for each in (folder, policy))
-    if rows < needed:
-        raise ConfigError(
-            f"the teacher {name!r} in {folder} has a vocabulary of {rows}, smaller than the policy's {needed}",
-            hint=hint,
-        )
 
 
 def _token(token: str | None) -> str:

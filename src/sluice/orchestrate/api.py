@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sluice import device
 from sluice.config.rollout import EmbeddedConfig, SamplingConfig
 from sluice.config.run import RunConfig
+from sluice.config.sft import PhaseConfig
 from sluice.errors import ConfigError
 from sluice.models.build import load_tokenizer
 from sluice.models.offline import go_offline
@@ -22,7 +24,7 @@ from sluice.orchestrate.inline import InlineRun, evaluate_model
 from sluice.orchestrate.reporting import report_run
 from sluice.orchestrate.running import run_to_end
 from sluice.orchestrate.setup import embedded_engine, initial_model, load_data
-from sluice.orchestrate.warm_start import fine_tune
+from sluice.orchestrate.warm_start import fine_tune, prefer
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.runners.base import EpisodeRequest, turn_noise
 from sluice.rollout.runners.single import SingleTurn
@@ -69,22 +71,49 @@ def sft(config: RunConfig, out: Path | None = None) -> Path:
     Raises:
         ConfigError: the recipe has no `warm_start`, or `out` is not empty.
     """
-    if config.warm_start is None:
+    chosen = config.warm_start
+    if chosen is None:
         raise ConfigError("this recipe has no warm_start", hint="add one; see `sluice config schema`")
-    target = out or config.runs_dir / f"{config.name}-sft"
+    target = _target(config, "sft", out)
+    _prepare(config)
+    prompts = load_data(config.data, seed=config.seed).train
+    return _alone(config, "sft", chosen, target, partial(fine_tune, chosen, prompts=prompts))
+
+
+def dpo(config: RunConfig, out: Path | None = None) -> Path:
+    """Run the recipe's `preferences` alone, on its initial model, and write the model to `out` (default:
+    `runs_dir/NAME-dpo`).
+
+    Returns:
+        The Hugging Face folder.
+
+    Raises:
+        ConfigError: the recipe has no `preferences`, or `out` is not empty.
+    """
+    chosen = config.preferences
+    if chosen is None:
+        raise ConfigError("this recipe has no preferences", hint="add them; see `sluice config schema`")
+    target = _target(config, "dpo", out)
+    _prepare(config)
+    return _alone(config, "dpo", chosen, target, partial(prefer, chosen))
+
+
+def _target(config: RunConfig, name: str, out: Path | None) -> Path:
+    target = out or config.runs_dir / f"{config.name}-{name}"
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"{target} is not empty", hint="choose another --out, or remove it yourself")
-    _prepare(config)
-    data = load_data(config.data, seed=config.seed)
+    return target
+
+
+def _alone(config: RunConfig, name: str, phase: PhaseConfig, target: Path, run: Callable[..., float]) -> Path:
+    """Run a phase on the recipe's initial model, outside any run folder."""
     view = make_view(config.obs.live)
     try:
-        view.start(f"{config.name} sft", config.warm_start.steps, str(target))
+        view.start(f"{config.name} {name}", phase.steps, str(target))
         with tempfile.TemporaryDirectory() as scratch:
-            fine_tune(
-                config.warm_start,
+            run(
                 initial_model(config, Path(scratch)),
                 target,
-                data.train,
                 seed=config.seed,
                 device=device.resolve(config.device),
                 template_kwargs=config.model.chat_template_kwargs,

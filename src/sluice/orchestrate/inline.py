@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from sluice import __version__, device
 from sluice.algos import make_algorithm
@@ -46,7 +47,7 @@ from sluice.orchestrate.setup import (
     require,
 )
 from sluice.orchestrate.streams import frozen_policies
-from sluice.orchestrate.warm_start import fine_tune
+from sluice.orchestrate.warm_start import fine_tune, prefer
 from sluice.rewards.means import Means
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.engines.sglang import SGLangFleet
@@ -165,20 +166,27 @@ class InlineRun:
         return summary
 
     def _start_model(self, checkpoint: Checkpoint | None, data: Data) -> Path:
-        """The model of step 0: the initial or the warm-started one. It is also the reference."""
-        config = self._config
-        start = initial_model(config, self._folder)
-        if config.warm_start is None:
-            return start
-        out = self._folder / "model-sft"
-        if checkpoint is not None:
-            return out
-        with self._timer.phase("sft"):
-            fine_tune(
-                config.warm_start, start, out, data.train, seed=config.seed, device=self._device,
-                template_kwargs=config.model.chat_template_kwargs, view=self._view,
-            )  # fmt: skip
-        return out
+        """The model of step 0: the initial one, or what the phases before RL made of it. It is also the reference."""
+        config, start = self._config, initial_model(self._config, self._folder)
+        options: dict[str, Any] = {
+            "seed": config.seed,
+            "device": self._device,
+            "template_kwargs": config.model.chat_template_kwargs,
+            "view": self._view,
+        }
+        if config.warm_start is not None:
+            out = self._folder / "model-sft"
+            if checkpoint is None:
+                with self._timer.phase("sft"):
+                    fine_tune(config.warm_start, start, out, prompts=data.train, **options)
+            start = out
+        if config.preferences is not None:
+            out = self._folder / "model-dpo"
+            if checkpoint is None:
+                with self._timer.phase("dpo"):
+                    prefer(config.preferences, start, out, **options)
+            start = out
+        return start
 
     def _restore(
         self,
