@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     from sluice.config.load import load_recipe
     from sluice.config.run import RunConfig
     from sluice.obs.summary import Summary
-    from sluice.orchestrate.api import evaluate, generate, sft, train
+    from sluice.orchestrate.api import dpo, evaluate, generate, sft, train
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "__version__", "evaluate", "generate", "load_recipe", "sft", "train"]
+__all__ = ["RunConfig", "__version__", "dpo", "evaluate", "generate", "load_recipe", "sft", "train"]
 
 _HOMES = {
     "RunConfig": "sluice.config.run",
     "load_recipe": "sluice.config.load",
+    "dpo": "sluice.orchestrate.api",
     "evaluate": "sluice.orchestrate.api",
     "generate": "sluice.orchestrate.api",
     "sft": "sluice.orchestrate.api",
