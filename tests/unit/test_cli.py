@@ -18,8 +18,8 @@ from sluice.errors import EngineError, RewardError
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = (
-    "", "train", "sft", "dpo", "eval", "generate", "episodes", "report", "doctor", "config", "config show", "config schema",
-    "serve", "models", "models fetch", "engines", "engines install", "engines list",
+    "", "train", "sft", "dpo", "eval", "generate", "episodes", "report", "doctor", "config", "config show",
+    "config schema", "serve", "models", "models fetch", "engines", "engines install", "engines list",
 )  # fmt: skip
 RECIPE = """
 name = "small"
