@@ -93,7 +93,7 @@ def test_importing_stays_light(module: str) -> None:
 
 def test_the_public_surface() -> None:
     assert set(sluice.__all__) == {
-        "RunConfig", "__version__", "evaluate", "generate", "load_recipe", "sft", "train",
+        "RunConfig", "__version__", "dpo", "evaluate", "generate", "load_recipe", "sft", "train",
     }  # fmt: skip
     assert sluice.RunConfig is RunConfig
     assert dir(sluice) == sorted(sluice.__all__)
