@@ -11,16 +11,19 @@ class Entry:
 
     Attributes:
         overrides: of `recipes/demo.py`, as on the command line. `{start}` is the folder of the seed's fine-tuned
-            model, `{trained}` that of the model that the entry `after` ended with.
+            model, `{trained}` that of the model that the entry `after` ended with, `{recorded}` that of the run that
+            `record` describes.
         settings: what was chosen, and why, where it is not the method's default.
         should_not_learn: why it should not; empty for one that should.
         after: name of an entry that has to be trained first.
+        record: overrides of a run whose log is trained on; it comes first, in the same process, and its cost counts.
     """
 
     overrides: tuple[str, ...]
     settings: str = "defaults"
     should_not_learn: str = ""
     after: str = ""
+    record: tuple[str, ...] = ()
 
 
 SHARED = (
@@ -79,6 +82,15 @@ ENTRIES: dict[str, Entry] = {
         (_algorithm("opd", 'teacher="taught"'), 'teachers=[{name="taught", path="{trained}"}]'),
         "the teacher is what grpo ended with; rewards are not looked at",
         after="grpo",
+    ),
+    "dpo": Entry(
+        (
+            'preferences={pairs={type="run", path="{recorded}"}, steps=50, batch=32, beta=1.0, train={optimizer='
+            '{lr=1e-4, betas=[0.9, 0.99], warmup_steps=3, schedule="linear", final_lr_ratio=0.1}}}',
+            "steps=0",
+        ),
+        "best against worst of 384 groups of the start model, as many answers as the others sample; beta 1, Adam 1e-4",
+        record=("steps=1", "groups_per_step=384"),
     ),
     "grpo_lag": Entry((_algorithm("grpo"), _LAG), "lag 2, no correction but the clip"),
     "grpo_tis": Entry((_algorithm("grpo", "tis={}"), _LAG), "lag 2"),

@@ -49,26 +49,29 @@ def train(recipe: Path, result: Path) -> None:
     """The whole of a child process: train `recipe`, write its figures, and keep its last model beside them."""
     from sluice.orchestrate import api
 
-    config = load_recipe(str(recipe))
-    summary = api.train(config, overwrite=True)
+    configs = [load_recipe(str(each)) for each in (recording(recipe), recipe) if each.exists()]
+    summaries = [api.train(config, overwrite=True) for config in configs]
     used = resource.getrusage(resource.RUSAGE_SELF)
-    rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for config in configs for row in metrics(config.folder)]
+    config, first, last = configs[-1], summaries[0], summaries[-1]
+    alone = config.preferences.steps if config.preferences else 0
     figures = {
-        "eval_before": summary.eval_before,
-        "eval_after": summary.eval_after,
-        "greedy_before": summary.greedy_before,
-        "greedy_after": summary.greedy_after,
-        "steps": summary.steps,
-        "updates": int(rows[-1]["version/step"]) if rows else 0,
+        "eval_before": first.eval_before,
+        "eval_after": last.eval_after,
+        "greedy_before": first.greedy_before,
+        "greedy_after": last.greedy_after,
+        "steps": alone + last.steps,
+        "updates": alone + (int(rows[-1]["version/step"]) if last.steps else 0),
         "episodes": sum(row["rollout/episodes"] + row["rollout/groups_dropped"] * 8 for row in rows),
-        "wall_seconds": summary.wall_seconds,
+        "wall_seconds": sum(summary.wall_seconds for summary in summaries),
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "recipe": digest(recipe),
     }
     model = sorted((config.folder / "checkpoints").glob("*/model"))[-1]
     shutil.rmtree(result.with_suffix(""), ignore_errors=True)
     shutil.move(str(model), result.with_suffix(""))
-    shutil.rmtree(config.folder)
+    for config in configs:
+        shutil.rmtree(config.folder)
     torn = result.with_suffix(".tmp")
     torn.write_text(json.dumps(figures, indent=1) + "\n")
     torn.rename(result)
@@ -86,8 +89,19 @@ def spawn(*arguments: str, log: Path) -> None:
         sys.exit(f"{' '.join(arguments)} failed; the end of {log}:\n{log.read_text()[-2000:]}")
 
 
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def recording(recipe: Path) -> Path:
+    """The recipe of the run whose log `recipe` trains on; there is one if its entry has `record`."""
+    return recipe.with_name(recipe.name.replace(".recipe.json", ".recording.json"))
+
+
 def digest(recipe: Path) -> str:
-    return hashlib.sha256(recipe.read_bytes()).hexdigest()[:16]
+    """Of everything that a run does."""
+    recipes = [each.read_bytes() for each in (recipe, recording(recipe)) if each.exists()]
+    return hashlib.sha256(b"".join(recipes)).hexdigest()[:16]
 
 
 # ── all runs ────────────────────────────────────────────────────────────────────────────────────────────
@@ -107,11 +121,26 @@ def fine_tuned(folder: Path, seed: int) -> Path:
 
 def write_recipe(folder: Path, name: str, seed: int) -> Path:
     """The resolved recipe of one run. A setting that is wrong is told here, before anything is trained."""
-    entry, start, trained = ENTRIES[name], folder / f"start-{seed}", folder / f"{ENTRIES[name].after}-{seed}"
-    own = [text.replace("{start}", str(start)).replace("{trained}", str(trained)) for text in entry.overrides]
-    place = [f"model.path={start}", f"seed={seed}", f"name={name}-{seed}", f"runs_dir={folder / 'runs'}"]
+    entry, runs, recorded = ENTRIES[name], folder / "runs", f"{name}-{seed}-recorded"
+    folders = {
+        "{start}": folder / f"start-{seed}",
+        "{trained}": folder / f"{entry.after}-{seed}",
+        "{recorded}": runs / recorded,
+    }
+
+    def write(target: Path, overrides: Sequence[str], run: str) -> None:
+        place = [f"model.path={folders['{start}']}", f"seed={seed}", f"name={run}", f"runs_dir={runs}"]
+        own = list(overrides)
+        for mark, path in folders.items():
+            own = [text.replace(mark, str(path)) for text in own]
+        target.write_text(resolved_json(load_recipe(RECIPE, [*SHARED, *own, *place])))
+
     recipe = folder / f"{name}-{seed}.recipe.json"
-    recipe.write_text(resolved_json(load_recipe(RECIPE, [*SHARED, *own, *place])))
+    write(recipe, entry.overrides, f"{name}-{seed}")
+    if entry.record:
+        write(recording(recipe), entry.record, recorded)
+    else:
+        recording(recipe).unlink(missing_ok=True)
     return recipe
 
 

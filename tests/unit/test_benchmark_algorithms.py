@@ -12,6 +12,7 @@ from benchmarks.algorithm_entries import ENTRIES
 
 from sluice.config.algos import AlgorithmConfig
 from sluice.config.load import load_recipe
+from sluice.config.preferences import PreferenceConfig, RecordedPairs
 from sluice.errors import ConfigError
 
 FIGURES = {
@@ -34,6 +35,23 @@ def test_every_method_has_an_entry(tmp_path: Path) -> None:
     methods = {kind.model_fields["type"].default for kind in get_args(get_args(AlgorithmConfig)[0])}
     tried = {load_recipe(str(algorithms.write_recipe(tmp_path, name, 0))).algorithm.type for name in ENTRIES}
     assert methods - {"python"} <= tried
+
+
+def test_what_is_recorded_comes_from_the_shared_model_and_is_what_is_trained_on(tmp_path: Path) -> None:
+    recipe = algorithms.write_recipe(tmp_path, "dpo", 3)
+    config, first = load_recipe(str(recipe)), load_recipe(str(algorithms.recording(recipe)))
+    assert isinstance(config.preferences, PreferenceConfig)
+    assert isinstance(config.preferences.pairs, RecordedPairs)
+    assert config.preferences.pairs.path == first.folder
+    assert config.steps == 0
+    assert first.preferences is None
+    assert first.model == config.model
+    assert first.data == config.data
+    grpo = load_recipe(str(algorithms.write_recipe(tmp_path, "grpo", 3)))
+    assert first.steps * first.groups_per_step == grpo.steps * grpo.groups_per_step
+    both = algorithms.digest(recipe)
+    algorithms.recording(recipe).write_text("{}")
+    assert algorithms.digest(recipe) != both
 
 
 def test_a_finished_run_is_kept_and_a_changed_recipe_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
