@@ -54,7 +54,12 @@ class SamplingConfig(Part):
 
 
 class EmbeddedConfig(Part):
-    """The engine inside the trainer's process."""
+    """Sluice's own engine: inside the run's process, or in servers of its own."""
+
+    servers: int = Field(default=0, ge=0)
+    """Processes that serve the model, behind the router when there are several; 0 generates in the run's own."""
+    threads: int = Field(default=1, ge=1)
+    """Threads of each server; the engine in the run's own process has those of the run."""
 
     max_running: int = Field(default=256, ge=1)
     """Sequences decoded together."""

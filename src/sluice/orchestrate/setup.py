@@ -21,6 +21,7 @@ from sluice.plugins import check_protocol, load_object
 from sluice.rollout.engines.base import Engine
 from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.embedded.fit import check_config
+from sluice.rollout.engines.embedded.launch import make_fleet as embedded_fleet
 from sluice.rollout.engines.sglang import SGLangEngine, make_fleet
 from sluice.rollout.runners.base import Runner
 from sluice.train.backends.critic import TorchCritic
@@ -158,7 +159,9 @@ def make_engine(
         folder: of the run; logs of servers that are started go there.
         tell: told in a line each what servers do while they start, and when one is lost.
     """
-    if config.engine == "embedded":
+    if config.engine == "embedded" and config.embedded.servers:
+        engine = embedded_fleet(config, model=model_folder, folder=folder, device=device, progress=tell)
+    elif config.engine == "embedded":
         engine = embedded_engine(config.embedded, model_folder, tokenizer, device=device)
     elif config.engine == "sglang":
         engine = make_fleet(config, model=model_folder, folder=folder, device=device, progress=tell)

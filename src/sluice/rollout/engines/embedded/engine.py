@@ -135,6 +135,16 @@ class EmbeddedEngine:
         """Longest sequence in tokens, context and answer."""
         return self._limits.context_length
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding."""
+        return self._limits.vocab_size
+
+    @property
+    def weights(self) -> abc.Mapping[str, torch.Tensor]:
+        """Those in memory, under their checkpoint names; not to be written to."""
+        return self._weights
+
     async def start(self) -> Capabilities:
         """Start the step loop; calling it again is harmless.
 
@@ -176,6 +186,15 @@ class EmbeddedEngine:
         finally:
             if self._calls.get(request.rid, (None,))[0] is seq:
                 self._forget(seq)
+
+    def so_far(self, rid: str) -> Generation | None:
+        """What has been drawn for a request that is under way, `Finish.ABORT`; None when it is not."""
+        found = self._calls.get(rid)
+        return found[0].generation(Finish.ABORT) if found else None
+
+    def forget_prefixes(self) -> None:
+        """New requests find no cached prefix of earlier ones."""
+        self._pool.invalidate()
 
     async def abort(self, rids: abc.Sequence[str] | None = None) -> None:
         """End these requests, or all, with `Finish.ABORT` and the tokens drawn so far."""

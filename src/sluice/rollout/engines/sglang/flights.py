@@ -214,6 +214,8 @@ class Flights:
         }
         if server.salted:
             body["extra_key"] = dispatch.label  # no prefix is shared between versions, flushed or not
+        if server.keyed:
+            body["noise_key"] = request.noise_key
         if flight.routes_start is not None:
             body |= {"return_routed_experts": True, "routed_experts_start_len": flight.routes_start}
         return body

@@ -38,6 +38,7 @@ class Server:
         mask_tokens: largest top_k whose sampled-from distribution is reported; 0 when none is.
         checks: it can tell a checksum of its weights.
         routes: what a position's routed experts are made of; None when they are not reported.
+        keyed: draws follow a request's noise key, and any distribution is reported: an embedded engine's server.
     """
 
     capabilities: Capabilities
@@ -48,10 +49,12 @@ class Server:
     mask_tokens: int
     checks: bool = False
     routes: RouteShape | None = None
+    keyed: bool = False
 
     def reports_kept(self, sampling: SamplingParams) -> bool:
-        """Whether it tells the log-probs after top-p/top-k/min-p: only for a bounded number of tokens."""
-        return self.mask_tokens > 0 and (sampling.temperature == 0 or 1 <= sampling.top_k <= self.mask_tokens)
+        """Whether it tells the log-probs after top-p/top-k/min-p: SGLang only for a bounded number of tokens."""
+        bounded = sampling.temperature == 0 or 1 <= sampling.top_k <= self.mask_tokens
+        return self.keyed or (self.mask_tokens > 0 and bounded)
 
 
 async def shake_hands(wire: Wire, name: str, model: Path | None = None) -> Server:
@@ -73,6 +76,7 @@ async def shake_hands(wire: Wire, name: str, model: Path | None = None) -> Serve
     spans = await _probe(wire, alone=alone)
     pauses = _fields(spec, "/pause_generation").get("mode", {}).get("enum", [])
     asks = _fields(spec, "/generate")
+    keyed = "noise_key" in asks
     bracketed = "/begin_weight_update" in spec["paths"]
     modes = {PauseMode.RECOMPUTE, PauseMode.ABORT}
     if "in_place" in pauses:
@@ -84,9 +88,10 @@ async def shake_hands(wire: Wire, name: str, model: Path | None = None) -> Serve
     return Server(
         Capabilities(
             name=name,
-            engine_version=f"sglang {info.get('version', 'of unknown version')}",
+            engine_version=f"{'sluice' if keyed else 'sglang'} {info.get('version', 'of unknown version')}",
             context_length=int(info.get("context_length") or info["max_req_input_len"]),
             version_spans=spans,
+            keyed_noise=keyed,
             bracketed_updates=bracketed,
             pause_modes=frozenset(modes),
             routed_experts=routes is not None,
@@ -99,6 +104,7 @@ async def shake_hands(wire: Wire, name: str, model: Path | None = None) -> Serve
         mask_tokens=int(info.get("sampling_mask_max_tokens", 4096)) if "return_sampling_mask" in asks else 0,
         checks="/weights_checker" in spec["paths"],
         routes=routes,
+        keyed=keyed,
     )
 
 
@@ -112,6 +118,7 @@ def common(servers: Sequence[Server], name: str) -> Server:
             engine_version=", ".join(sorted({each.engine_version for each in found})),
             context_length=min(each.context_length for each in found),
             version_spans=all(each.version_spans for each in found),
+            keyed_noise=all(each.keyed_noise for each in found),
             bracketed_updates=all(each.bracketed_updates for each in found),
             pause_modes=frozenset.intersection(*(each.pause_modes for each in found)),
             routed_experts=all(each.routed_experts for each in found),
@@ -124,6 +131,7 @@ def common(servers: Sequence[Server], name: str) -> Server:
         mask_tokens=min(server.mask_tokens for server in servers),
         checks=all(server.checks for server in servers),
         routes=servers[0].routes if all(server.routes == servers[0].routes for server in servers) else None,
+        keyed=all(server.keyed for server in servers),
     )
 
 

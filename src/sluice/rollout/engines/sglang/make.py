@@ -49,7 +49,7 @@ def make_fleet(
         members,
         sglang,
         config.router,
-        spreader=_spreader(config, members, launcher, key),
+        spreader=spreader(config, members, launcher.python, logs, key),
         api_key=key,
         progress=progress,
     )
@@ -80,10 +80,19 @@ def _attached(url: str, config: RolloutConfig, key: str) -> Member:
     return Member(name, "regular", name, config.sglang, found, owned=False, api_key=key)
 
 
-def _spreader(
-    config: RolloutConfig, members: Sequence[Member], launcher: Launcher, key: str
+def spreader(
+    config: RolloutConfig, members: Sequence[Member], python: Callable[[], Path], logs: Path, key: str
 ) -> Callable[[], Router] | None:
-    """Makes the router, or None when requests go straight to the only server."""
+    """Makes the router, or None when requests go straight to the only server.
+
+    Args:
+        python: finds an interpreter that has `smg`, for a recipe that names none.
+        logs: folder of the router's log.
+        key: bearer token of the servers.
+
+    Raises:
+        ConfigError: there are several engines and no router is allowed.
+    """
     pairs = any(member.role != "regular" for member in members)
     if config.router.use == "never":
         if len(members) > 1:
@@ -96,8 +105,8 @@ def _spreader(
         return None
 
     def make() -> Router:
-        python = config.router.python or launcher.python()
-        log_path = launcher.folder / "router.log"
-        return Router(config.router, python=python, log_path=log_path, pd=pairs, api_key=key)
+        return Router(
+            config.router, python=config.router.python or python(), log_path=logs / "router.log", pd=pairs, api_key=key
+        )
 
     return make

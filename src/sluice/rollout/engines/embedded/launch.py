@@ -1,0 +1,96 @@
+"""Servers of the embedded engine: started and supervised as SGLang's are, by the same fleet."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sluice.config.rollout import RolloutConfig
+from sluice.rollout.engines.sglang.fleet import SGLangFleet
+from sluice.rollout.engines.sglang.launch import HOST, answers
+from sluice.rollout.engines.sglang.make import spreader
+from sluice.rollout.engines.sglang.member import Member, Running
+from sluice.rollout.process import ManagedProcess, start_on_port
+from sluice_engine import environments
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedLauncher:
+    """Starts servers of one recipe.
+
+    Attributes:
+        config: of rollout.
+        model: folder they load at start; the weights of the run come later.
+        folder: logs go to `folder/NAME.log`.
+        device: of weights and cache.
+    """
+
+    config: RolloutConfig
+    model: Path
+    folder: Path
+    device: str
+
+    def command(self, port: int) -> list[str]:
+        """The command line of one server."""
+        embedded = self.config.embedded
+        words = [sys.executable, "-m", "sluice.rollout.engines.embedded.server"]
+        words += ["--model", str(self.model), "--host", HOST, "--port", str(port), "--device", self.device]
+        return [*words, "--threads", str(embedded.threads), "--config", embedded.model_dump_json()]
+
+    def environment(self) -> dict[str, str]:
+        """That of the run, with as many threads as the recipe says and the modules that the run found."""
+        threads = str(self.config.embedded.threads)
+        paths = os.pathsep.join(path for path in sys.path if path)
+        return {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": paths}
+
+    async def start(self, name: str) -> Running:
+        """Start a server and wait until it answers.
+
+        Raises:
+            EngineError: it ended, or did not answer within `rollout.sglang.start_seconds`; with the end of its log.
+        """
+
+        async def begin(port: int) -> tuple[ManagedProcess, str]:
+            url = f"http://{HOST}:{port}"
+            process = await ManagedProcess.start(
+                name, self.command(port), env=self.environment(), log_path=self.folder / f"{name}.log",
+                ready=lambda: answers(url, self.model), seconds=self.config.sglang.start_seconds,
+            )  # fmt: skip
+            return process, url
+
+        process, url = await start_on_port(begin, host=HOST)
+        return Running(url, None, process)
+
+
+def make_fleet(
+    config: RolloutConfig, *, model: Path, folder: Path, device: str, progress: Callable[[str], None] | None = None
+) -> SGLangFleet:
+    """The engine of `rollout.embedded.servers` >= 1; see the function of the same name for SGLang.
+
+    Deadlines, restarts and the transport of the weights are those of `rollout.sglang`.
+
+    Raises:
+        ConfigError: there are several servers and no router is allowed.
+    """
+    logs = folder.absolute() / "engines"
+    launcher = EmbeddedLauncher(config, model.absolute(), logs, device)
+    names = [f"embedded-{number}" for number in range(config.embedded.servers)]
+    members = [
+        Member(name, "regular", "embedded", config.sglang, partial(launcher.start, name), owned=True,
+               model=launcher.model)
+        for name in names
+    ]  # fmt: skip
+    found = spreader(config, members, python_with_router, logs, "")
+    return SGLangFleet(members, config.sglang, config.router, spreader=found, progress=progress)
+
+
+def python_with_router() -> Path:
+    """This interpreter when it has `smg`, else that of SGLang's environment on a CPU."""
+    if importlib.util.find_spec("smg") is not None:
+        return Path(sys.executable)
+    return environments.python_in(environments.folder("cpu"))
