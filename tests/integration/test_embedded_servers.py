@@ -7,6 +7,7 @@ import base64
 import os
 import pickle
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -23,7 +24,7 @@ from tests.tiny import tiny
 
 from sluice.config.rollout import EmbeddedConfig, RolloutConfig
 from sluice.errors import ConfigError, WeightsError
-from sluice.log import Kind, LogReader
+from sluice.log import ACCOUNTED, Kind, LogReader, account
 from sluice.obs.metrics import read_metrics
 from sluice.orchestrate import api
 from sluice.rollout.engines.base import Finish, GenerateRequest, Generation, PauseMode
@@ -32,7 +33,9 @@ from sluice.rollout.engines.embedded.launch import make_fleet
 from sluice.rollout.engines.embedded.received import read_bucket
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
 from sluice.rollout.engines.sglang.member import State
-from sluice.types import SamplingParams
+from sluice.train.backends.torch import TorchTrainer
+from sluice.train.base import Loss, StepStats
+from sluice.types import SamplingParams, TrainBatch
 
 SIZES: dict[str, Any] = {"kv_tokens": 4096, "context_length": 256}
 
@@ -251,3 +254,37 @@ def test_a_run_logs_the_same_tokens_wherever_it_generates(tmp_path: Path) -> Non
             assert figures <= row.keys()
             for name in sorted(figures):
                 np.testing.assert_allclose(row[name], expected[name], rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.slow
+def test_episodes_finish_while_the_trainer_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a server of its own lag is an overlap: the first step here does not end before another episode is logged."""
+    config = tiny(
+        tmp_path,
+        rollout={"embedded": {"servers": 1, "max_running": 8}, "sampling": {"max_new_tokens": 30}},
+        data={"gate": {"max_lag": 2}},
+        evaluation={"every": 0},
+    )
+    waited: list[int] = []
+    plain = TorchTrainer.step
+
+    def finished() -> int:
+        return len(list(LogReader(config.folder / "log").read(kinds=(Kind.EPISODE,), from_ordinal=0)))
+
+    def step(self: TorchTrainer, batch: TrainBatch, loss: Loss) -> StepStats:
+        if not waited:
+            before, deadline = finished(), time.monotonic() + 60
+            while finished() == before:
+                assert time.monotonic() < deadline, "nothing was logged while the trainer computed"
+                time.sleep(0.05)
+            waited.append(finished() - before)
+        return plain(self, batch, loss)
+
+    monkeypatch.setattr(TorchTrainer, "step", step)
+    api.train(config)
+    assert waited
+    assert waited[0] > 0
+    rows = read_metrics(config.folder / "metrics.jsonl")
+    assert max(row["gate/lag_max"] for row in rows) in (1, 2)
+    fate = account(LogReader(config.folder / "log").read(kinds=ACCOUNTED))
+    assert (fate.decided_twice, fate.logged_twice, fate.unlogged) == ((), (), ())

@@ -26,6 +26,7 @@ from sluice.obs.sinks import open_sinks
 from sluice.obs.summary import Summary
 from sluice.obs.timing import PhaseTimer
 from sluice.obs.view import View
+from sluice.orchestrate.beside import Beside
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.folder import digest
 from sluice.orchestrate.journal import Journal
@@ -50,6 +51,7 @@ from sluice.orchestrate.streams import frozen_policies
 from sluice.orchestrate.warm_start import fine_tune, prefer
 from sluice.rewards.means import Means
 from sluice.rewards.rubric import Rubric
+from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.sglang import SGLangFleet
 from sluice.sandbox.sandbox import Sandbox
 from sluice.train.base import Critic, Trainer
@@ -123,6 +125,9 @@ class InlineRun:
             )  # fmt: skip
             stack.push_async_callback(producer.close)
             sinks = self._sinks(stack, progress.batch)
+            apart = not isinstance(engine, EmbeddedEngine)
+            beside = Beside(apart=apart, threads=config.threads)
+            stack.callback(beside.close)
             parts = Parts(
                 sink=sink, producer=producer,
                 evaluator=make_evaluator(stack, config, rollout, journal, data) if data.held_out else None,
@@ -131,7 +136,7 @@ class InlineRun:
                 buffer=buffer, gate=gate, lineage=lineage,
                 store=WeightStore(folder / "weights", start, lineage),
                 checkpoints=checkpoints, journal=journal, sinks=sinks, view=self._view, timer=self._timer,
-                figures=engine.figures if isinstance(engine, SGLangFleet) else dict, tasks=data.tasks,
+                beside=beside, figures=engine.figures if isinstance(engine, SGLangFleet) else dict, tasks=data.tasks,
             )  # fmt: skip
             return await self._drive(Loop(config, parts, progress), parts, fresh=checkpoint is None)
 

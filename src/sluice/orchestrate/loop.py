@@ -7,7 +7,8 @@
 `_fill` waits for episodes and is unblocked by the producer; the producer waits for engine, verifiers and
 log. The gate decides how many groups are alive, so at lag 0 nothing is sampled while a batch trains, and
 at lag > 0 the next groups are already under way when weights change: their turns go on under the new
-version after a recompute. Inline, the trainer's step blocks the event loop: lag is an ordering there.
+version after a recompute. With the engine in this process the trainer's step blocks the event loop: lag is
+an ordering there. With engines in processes of their own the two go on side by side, see `Beside`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sluice.obs.metrics import MetricSink
 from sluice.obs.timing import PhaseTimer
 from sluice.obs.view import View
 from sluice.orchestrate.batch_metrics import gate_metrics, rollout_metrics, task_metrics, train_metrics
+from sluice.orchestrate.beside import Beside
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.fates import disposition, with_advantages
 from sluice.orchestrate.journal import Journal
@@ -76,6 +78,7 @@ class Parts:
     sinks: Sequence[MetricSink]
     view: View
     timer: PhaseTimer
+    beside: Beside
     figures: Callable[[], Mapping[str, float]]
     tasks: Set[str]
 
@@ -112,7 +115,7 @@ class Loop:
         """Name the trainer's weights, log them behind what else belongs to the step, and activate them."""
         parts = self._parts
         with self._phase("publish"):
-            published = parts.store.publish(parts.trainer, self.progress.step)
+            published = await parts.beside(parts.store.publish, parts.trainer, self.progress.step)
             born = published.manifest
             await parts.journal.write(*records, VersionRecord(born.version, born.parent, born.checksum))
             await activate(published, [parts.sink])
@@ -174,10 +177,10 @@ class Loop:
         step = progress.step + parts.algorithm.updates_per_batch
         judged, dispositions, verdicts = self._judge(groups, step)
         with self._phase("score"):
-            scored = parts.learner.score(judged)
+            scored = await parts.beside(parts.learner.score, judged)
         with self._phase("train"):
             updates = parts.learner.credit(scored)
-            stats, critic_metrics = parts.learner.update(updates, progress.batch)
+            stats, critic_metrics = await parts.beside(parts.learner.update, updates, progress.batch)
         progress.step += len(stats)
         version = await self.publish(*with_advantages(dispositions, updates))
         parts.buffer.trained()
@@ -284,5 +287,5 @@ class Loop:
             write = {"model": parts.trainer.save_model, "trainer": parts.trainer.save_state}
             if parts.critic is not None:
                 write["critic"] = parts.critic.save_state
-            parts.checkpoints.save(progress.batch, state, write)
+            await parts.beside(parts.checkpoints.save, progress.batch, state, write)
             await parts.journal.write(CheckpointRecord(progress.step, self._in_use()))
