@@ -12,6 +12,11 @@ import typer
 from sluice.cli.app import Json, Name, Overrides, Recipe, Seed, app, fail, load
 from sluice.errors import ConfigError
 
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FOLDER", help="Where the model goes. Default: beside the run."),
+]
+
 
 @app.command()
 def train(
@@ -46,10 +51,7 @@ def train(
 def sft(
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Where the model goes. Default: beside the run."),
-    ] = None,
+    out: Out = None,
     seed: Seed = None,
     name: Name = None,
 ) -> None:
@@ -64,10 +66,7 @@ def sft(
 def dpo(
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FOLDER", help="Where the model goes. Default: beside the run."),
-    ] = None,
+    out: Out = None,
     seed: Seed = None,
     name: Name = None,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -101,6 +101,17 @@ def shorten(text: str, limit: int) -> str:
     head = (limit - 3) * 2 // 3
     tail = limit - 3 - head
     return f"{text[:head]} … {text[len(text) - tail :]}"
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that are not finite become null, at any depth; keys become text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value
 
 
 def finite_items(metrics: Mapping[str, float | None]) -> dict[str, float]:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from sluice.errors import LogError
 from sluice.obs.atomic import write_atomic
+from sluice.obs.format import finite
 
 
 class MetricSink(Protocol):
@@ -48,7 +48,7 @@ class JsonlSink:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one row."""
-        row = {"step": step} | {name: _finite(value) for name, value in metrics.items()}
+        row = {"step": step} | {name: finite(float(value)) for name, value in metrics.items()}
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
@@ -123,8 +123,3 @@ def _whole_lines(path: Path) -> bytes:
     """The content up to the last line end; a last line that is complete JSON but lacks it is torn, too."""
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
-
-
-def _finite(value: float) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None

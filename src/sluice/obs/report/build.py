@@ -14,7 +14,7 @@ from sluice.config.dump import flatten
 from sluice.errors import ConfigError, LogError
 from sluice.log.reader import LogReader
 from sluice.log.records import Entry
-from sluice.obs.format import duration
+from sluice.obs.format import duration, finite
 from sluice.obs.report.choose import DEFAULT_EPISODES, Chapter, chapters, in_turns
 from sluice.obs.report.compact import Compact, Spell
 from sluice.obs.report.findings import findings, time_split
@@ -73,7 +73,7 @@ def build(runs: Sequence[RunFolder], spell: Callable[[RunFolder], Spell | None],
         if names.count(run.name) > 1:
             made["name"] = f"{run.name} ({run.path})"
     title = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-    return render(_finite(data), title=f"{title} · Sluice report")
+    return render(finite(data), title=f"{title} · Sluice report")
 
 
 def _run(run: RunFolder, spell: Callable[[RunFolder], Spell | None], wish: Wish, budget: int) -> dict[str, Any]:
@@ -290,14 +290,3 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _clock(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
-
-
-def _finite(value: Any) -> Any:
-    """Numbers that JSON cannot hold become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value
