@@ -15,7 +15,7 @@ from sluice import errors
 from sluice.log import Kind
 from sluice.obs.metrics import read_metrics
 from sluice.obs.summary import Summary
-from sluice.orchestrate import api
+from sluice.orchestrate import api, folder
 from sluice.rollout.engines.sglang import fleet
 from sluice.train import packed_model
 
@@ -62,18 +62,18 @@ def in_source(module: Any) -> Iterator[str]:
         yield re.sub(r"\{\w+\}", "any", name)
 
 
-def written(folder: Path) -> set[str]:
+def written(place: Path) -> set[str]:
     """The names of all metrics of a few tiny runs that have, between them, everything that the embedded engine has."""
-    folder.mkdir(parents=True, exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     parts: list[dict[str, Any]] = []
     for name, lines in (("few", rows()[:6]), ("many", rows()[6:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-        source = {"type": "jsonl", "path": str(folder / f"{name}.jsonl")}
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+        source = {"type": "jsonl", "path": str(place / f"{name}.jsonl")}
         parts.append({"name": name, "source": source, "eval_prompts": 2})
-    (folder / "twice.py").write_text(TWICE)
+    (place / "twice.py").write_text(TWICE)
     masks = {"tis": {}, "icepop": {}, "sequence_mask": {}, "veto": {}, "kl": {"coefficient": 0.1, "where": "loss"}}
     quiet: dict[str, Any] = {"data": {"eval_prompts": 0}, "evaluation": {"every": 0, "greedy": False}}
-    init = str(folder / "one" / "runs" / "tiny" / "model-init")
+    init = str(place / "one" / "runs" / "tiny" / "model-init")
     teacher = {"teachers": [{"name": "first", "path": init}]}
     runs: dict[str, dict[str, Any]] = {
         "one": {
@@ -84,11 +84,11 @@ def written(folder: Path) -> set[str]:
         "cispo": {**quiet, "algorithm": {"type": "cispo"}},
         "dis": {**quiet, "algorithm": {"type": "dis"}},
         "opd": {**quiet, "algorithm": {"type": "opd", "teacher": "first"}, **teacher},
-        "session": {**quiet, "rollout": {"runner": {"type": "python", "path": f"{folder / 'twice.py'}:Twice"}}},
+        "session": {**quiet, "rollout": {"runner": {"type": "python", "path": f"{place / 'twice.py'}:Twice"}}},
     }
     found: set[str] = set()
     for name, changes in runs.items():
-        config = tiny(folder / name, **{"steps": 1, "groups_per_step": 2, **changes})
+        config = tiny(place / name, **{"steps": 1, "groups_per_step": 2, **changes})
         api.train(config)
         found |= {key for row in read_metrics(config.folder / "metrics.jsonl") for key in row}
     return found
@@ -107,6 +107,12 @@ def test_every_metric_is_on_the_page_and_every_name_on_the_page_is_a_metric(tmp_
 def test_the_other_tables_are_what_the_code_says() -> None:
     assert set(names("The result")) == {field.name for field in fields(Summary)}
     assert set(names("The log")) == set(Kind)
+
+
+def test_every_file_of_a_run_is_on_the_page() -> None:
+    there = set(re.findall(r"^    ([\w.-]+)", folder.__doc__ or "", re.MULTILINE))
+    assert {"config.json", "model-sft", "engines"} <= there
+    assert there - {name.partition("/")[0] for name in names("The folder")} == set()
 
 
 def test_exit_codes() -> None:

@@ -1,9 +1,9 @@
 """Every block of README.md and docs/ that can be run is run, in order, as a newcomer would: one folder per page.
 
-`bash` blocks are commands; `python`, `toml` and `json` blocks are files, named by their first line's comment, or
+`bash` blocks are run by bash; `python`, `toml` and `json` blocks are files, named by their first line's comment, or
 `questions.jsonl` for JSON lines; a `python` block that imports sluice is run. `console` blocks are sessions: behind
 `$ command` stands what it prints, some of its lines in their order, `…` for any text. A command that prints an error
-fails. A backslash at its end continues a line. Blocks without a language show what tests elsewhere cover.
+fails. Blocks without a language show what tests elsewhere cover.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 280
-"""Seconds that one command may take."""
+"""Seconds that one block of commands may take."""
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if BLOCK.search(page.read_text()))
 
@@ -44,11 +44,15 @@ def place(folder: Path, language: str, text: str) -> Path | None:
 def sessions(text: str) -> list[tuple[str, list[str]]]:
     """The commands of a `console` block, each with the lines that it is said to print."""
     found: list[tuple[str, list[str]]] = []
+    goes_on = False
     for line in text.splitlines():
         if line.startswith("$ "):
             found.append((line[2:], []))
+        elif goes_on:
+            found[-1] = (f"{found[-1][0]}\n{line}", [])
         elif line.strip():
             found[-1][1].append(line)
+        goes_on = line.endswith("\\")
     return found
 
 
@@ -62,6 +66,7 @@ def check_printed(said: list[str], printed: str) -> None:
         at = found + 1
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=() if page.name in QUICK else pytest.mark.slow, id=page.name) for page in PAGES],
@@ -82,16 +87,15 @@ def test_blocks_run(page: Path, tmp_path: Path) -> None:
     ran = 0
     for language, text in BLOCK.findall(page.read_text()):
         file = place(tmp_path, language, text)
-        text = text.replace("\\\n", " ")
         commands = [(f"python {file.name}", [])] if file is not None and "import sluice" in text else []
         if language == "bash":
-            commands = [(line, []) for line in text.splitlines() if line and not line.startswith("#")]
+            commands = [(text, [])]
         elif language == "console":
             commands = sessions(text)
         for command, said in commands:
             done = subprocess.run(
-                shlex.split(command, comments=True), cwd=tmp_path, env=environment, capture_output=True, text=True,
-                timeout=LIMIT, check=False,
+                ["bash", "-euo", "pipefail", "-c", command], cwd=tmp_path, env=environment, capture_output=True,
+                text=True, timeout=LIMIT, check=False,
             )  # fmt: skip
             fails = any(line.startswith("error:") for line in said)
             assert bool(done.returncode) == fails, f"$ {command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
