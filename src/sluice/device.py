@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Mapping
 
 import torch
@@ -42,6 +43,18 @@ def platform(device: str) -> str:
     if device == "cpu":
         return "cpu"
     return "rocm" if torch.version.hip else "cuda"
+
+
+def collectives(device: str) -> str:
+    """The backend of collective calls between processes on such a device; ROCm's answers to `nccl` as well."""
+    return "gloo" if device == "cpu" else "nccl"
+
+
+def peak_memory(kind: str) -> int:
+    """Bytes of this process at most so far: on its current accelerator, or resident on a CPU."""
+    if kind == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated()
 
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

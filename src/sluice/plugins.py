@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +46,21 @@ def load_object(path: str, *, expects: str) -> Any:
             )
         found = getattr(found, part)
     return found
+
+
+_FILES: dict[str, Path] = {}
+"""Files of the user's own code that were loaded here, by the name of their module."""
+
+
+def loaded_files() -> tuple[Path, ...]:
+    """Files that `load_object` has imported: another process imports them first, to know what it is sent."""
+    return tuple(_FILES.values())
+
+
+def load_files(files: Iterable[Path]) -> None:
+    """Import what was loaded in another process. ConfigError when a file is gone, or was edited meanwhile and fails."""
+    for file in files:
+        _load_file(file, "a file of your own code")
 
 
 def check_protocol(built: object, protocol: type, path: str) -> None:
@@ -128,6 +144,7 @@ def _load_file(file: Path, expects: str) -> ModuleType:
     digest = xxhash.xxh3_64(str(resolved).encode())
     digest.update(resolved.read_bytes())  # an edited file is imported again
     name = f"_sluice_{resolved.stem}_{digest.hexdigest()}"
+    _FILES[name] = resolved
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, resolved)

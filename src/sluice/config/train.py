@@ -34,6 +34,10 @@ class OptimizerConfig(Part):
 class TrainConfig(Part):
     """One optimizer step per batch unless the algorithm asks for more."""
 
+    ranks: int = Field(default=1, ge=1)
+    """Processes that share the model and every batch (FSDP2), one accelerator each. The result is that of one."""
+    rank_seconds: float = Field(default=1_800.0, gt=0)
+    """Deadline of one call to all ranks: a step, a scoring pass, a checkpoint."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule."""
     micro_batch_tokens: int = Field(default=8_192, ge=1)

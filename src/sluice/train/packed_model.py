@@ -15,6 +15,7 @@ from sluice.models.heads import backbone, output_head
 from sluice.train.attention import PACKED_ATTENTION, PackLayout, layout
 from sluice.train.logprob import TokenScores, token_scores
 from sluice.train.routing import RoutingReplay
+from sluice.train.sharding import Whole
 from sluice.types import MicroBatch
 
 _PROBE_TOLERANCE = 2e-4
@@ -76,6 +77,14 @@ def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device, repla
     )
 
 
+def empty_pack(device: torch.device, experts: Tensor | None = None) -> Pack:
+    """Two tokens that nobody asked for: what a rank runs in a pass in which it has no sample."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    positions = torch.arange(2, device=device).unsqueeze(0)
+    index = torch.ones(1, dtype=torch.int64, device=device)
+    return Pack(ids, positions, layout((2,), device), index, torch.ones(1, device=device), experts)
+
+
 class Pass(NamedTuple):
     """What the layers of a model run in one go: a whole pack, or one sample of it."""
 
@@ -116,10 +125,14 @@ class PackedModel:
         model: on its device, with an attention that `choose_attention` returned.
         chunk: tokens whose logits exist at one time.
         replay: directs the model's routers by `Pack.experts`.
+        whole: of a model that is sharded over ranks; every pass then is one of all ranks.
     """
 
-    def __init__(self, model: PreTrainedModel, *, chunk: int, replay: RoutingReplay | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, chunk: int, replay: RoutingReplay | None = None, whole: Whole | None = None
+    ) -> None:
         self.model = model
+        self._whole = whole
         self.replay = replay
         self._agreed: list[Tensor] = []
         self._backbone = backbone(model)
@@ -127,6 +140,11 @@ class PackedModel:
 
     def scores(self, pack: Pack) -> TokenScores:
         """Log-prob and entropy of the tokens in `pack.index`, shape `[scored]`; with gradient if enabled."""
+        if self._whole is None:
+            return self._scores(pack)
+        return TokenScores(*self._whole(lambda: tuple(self._scores(pack))))
+
+    def _scores(self, pack: Pack) -> TokenScores:
         head = output_head(self.model)
         return token_scores(
             self._hidden(pack).index_select(0, pack.index - 1),

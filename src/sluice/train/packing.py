@@ -35,6 +35,35 @@ def assign(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
+def spread(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
+    """Share samples out so that every rank makes as many passes as any other, of about as many tokens each.
+
+    Longest first, each into the pass with the fewest tokens (Graham's LPT rule: at most 4/3 of the optimum when no
+    budget intervenes); one more pass a rank when a sample finds no room.
+
+    Args:
+        lengths: tokens of each sample, at most `budget` each.
+        ranks: who shares.
+        budget: tokens of one pass.
+
+    Returns:
+        By rank, then by pass, indices into `lengths` in their given order. Passes may be empty.
+    """
+    passes = max(1, -(-sum(lengths) // (budget * ranks)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(ranks * passes)]
+        loads = [0] * len(bins)
+        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+            at = min(range(len(bins)), key=loads.__getitem__)
+            if loads[at] + lengths[index] > budget:
+                break
+            bins[at].append(index)
+            loads[at] += lengths[index]
+        else:
+            return [[sorted(bins[rank + ranks * number]) for number in range(passes)] for rank in range(ranks)]
+        passes += 1
+
+
 def pack(
     samples: Sequence[TrainSample], *, budget: int, scales: Sequence[NDArray[np.float64]]
 ) -> tuple[MicroBatch, ...]:
@@ -77,6 +106,24 @@ def make_batch(
         TrainError: a sample is longer than the budget.
     """
     return TrainBatch(pack(samples, budget=budget, scales=loss_scales(samples, normaliser, constant=constant)))
+
+
+def split_over(batch: TrainBatch, ranks: int, budget: int) -> list[tuple[MicroBatch, ...]]:
+    """The batch's samples packed anew for each rank, with the loss factors they have; see `spread`."""
+    samples, scales = list(batch.samples), list[NDArray[np.float64]]()
+    for micro in batch.micro_batches:
+        scales += np.split(micro.scales, micro.cu_seqlens[1:-1])
+    shares = spread([len(sample) for sample in samples], ranks, budget)
+    return [
+        tuple(
+            MicroBatch(
+                tuple(samples[index] for index in members),
+                np.concatenate([np.zeros(0), *(scales[index] for index in members)]),
+            )
+            for members in share
+        )
+        for share in shares
+    ]
 
 
 def check_fit(samples: Sequence[TrainSample], budget: int) -> None:

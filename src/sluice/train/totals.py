@@ -82,8 +82,11 @@ def send_back(loss: Tensor, scores: TokenScores, *, always: bool) -> bool:
     Returns:
         Whether gradients were added to.
     """
+    if always:
+        loss.backward()
+        return True
     (slope,) = torch.autograd.grad(loss, scores.logprob)
-    sent = always or bool(slope.any())
+    sent = bool(slope.any())
     if sent:
         scores.logprob.backward(slope)
     return sent

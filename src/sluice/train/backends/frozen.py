@@ -11,6 +11,7 @@ from sluice.config.train import TrainConfig
 from sluice.models.build import load_model, to_device
 from sluice.train.attention import PACKED_ATTENTION
 from sluice.train.packed_model import PackedModel, choose_attention
+from sluice.train.sharding import Shards
 
 
 class FrozenPolicies:
@@ -20,9 +21,13 @@ class FrozenPolicies:
         folders: Hugging Face folder of each stream.
         config: precision and chunk of the forward pass.
         device: where they live.
+        shards: divides each among the ranks; None where there is one.
     """
 
-    def __init__(self, folders: Mapping[str, Path], config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, folders: Mapping[str, Path], config: TrainConfig, device: torch.device, shards: Shards | None = None
+    ) -> None:
+        self._shards = shards
         self._folders = dict(folders)
         self._config = config
         self._device = device
@@ -51,4 +56,6 @@ class FrozenPolicies:
         if config.dtype != "float32":
             model = load_model(folder, dtype=config.dtype, attn_implementation=attention)
         model.requires_grad_(False)
-        return PackedModel(to_device(model, self._device), chunk=config.logprob_chunk)
+        model = to_device(model, self._device)
+        whole = self._shards.wrap(model) if self._shards else None
+        return PackedModel(model, chunk=config.logprob_chunk, whole=whole)

@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from sluice.config.train import OptimizerConfig
 from sluice.errors import CheckpointError
 from sluice.train.schedule import learning_rate
+from sluice.train.sharding import gathered, like
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -25,6 +26,7 @@ class MasterOptimizer:
         parameters: of the model, by name, each once.
         masters: float32 values of those that are not float32, by the same names.
         total_steps: where the schedule ends.
+        rounded: the parameters are float32, but the model computes, and is saved, in another precision.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class MasterOptimizer:
         masters: Mapping[str, Tensor],
         *,
         total_steps: int,
+        rounded: bool = False,
     ) -> None:
+        self._rounded = rounded
         self._config = config
         self._total_steps = total_steps
         self._model = dict(parameters)
@@ -73,7 +77,7 @@ class MasterOptimizer:
 
     def grad_norm(self) -> Tensor:
         """Global L2 norm, a scalar tensor."""
-        return get_total_norm(list(self.gradients().values()))
+        return gathered(get_total_norm(list(self.gradients().values())))
 
     @torch.no_grad()
     def update(self, grad_norm: Tensor) -> float:
@@ -94,15 +98,19 @@ class MasterOptimizer:
             if self._masters[name] is not parameter:
                 parameter.copy_(self._masters[name])
 
+    def _writes_master(self, name: str) -> bool:
+        """Whether the float32 values of a parameter are not in the model's own checkpoint."""
+        return self._rounded or self._masters[name] is not self._model[name]
+
     def state(self) -> dict[str, Tensor]:
-        """Moments, and masters that are not the model's own parameters, as CPU tensors by flat names."""
+        """Moments, and masters that are not the model's own parameters, as whole CPU tensors by flat names."""
         tensors: dict[str, Tensor] = {}
         for name, master in self._masters.items():
-            if master is not self._model[name]:
-                tensors[f"master/{name}"] = master.detach().cpu()
+            if self._writes_master(name):
+                tensors[f"master/{name}"] = gathered(master.detach()).cpu()
             if self.steps_done:
                 state = self._adamw.state.get(master) or _fresh(master)
-                tensors |= {f"{key}/{name}": value.detach().cpu() for key, value in state.items()}
+                tensors |= {f"{key}/{name}": gathered(value.detach()).cpu() for key, value in state.items()}
         return tensors
 
     @torch.no_grad()
@@ -114,7 +122,7 @@ class MasterOptimizer:
         """
         expected: dict[str, torch.Size] = {}
         for name, master in self._masters.items():
-            if master is not self._model[name]:
+            if self._writes_master(name):
                 expected[f"master/{name}"] = master.shape
             if steps_done:
                 expected |= {f"{key}/{name}": master.shape for key in _MOMENTS}
@@ -129,10 +137,10 @@ class MasterOptimizer:
                 )
         self._adamw.state.clear()
         for name, master in self._masters.items():
-            if master is not self._model[name]:
-                master.copy_(tensors[f"master/{name}"])
+            if self._writes_master(name):
+                master.copy_(like(tensors[f"master/{name}"], master))
             if steps_done:
-                moments = {key: tensors[f"{key}/{name}"].to(master.device, copy=True) for key in _MOMENTS}
+                moments = {key: like(tensors[f"{key}/{name}"].clone(), master) for key in _MOMENTS}
                 self._adamw.state[master] = {
                     "step": tensors[f"step/{name}"].to(master.device, copy=True),
                     **moments,

@@ -1,4 +1,4 @@
-"""The torch trainer: Hugging Face modules, one process, CPU or one GPU.
+"""The torch trainer: Hugging Face modules, CPU or GPU; one process, or one of several that share the model.
 
 Parameters and moments are float32. With `train.dtype = "bfloat16"` the model computes on a bfloat16 copy
 that every update rounds anew, rather than under autocast: what is published, and so what an engine serves,
@@ -27,9 +27,10 @@ from sluice.train.backends.frozen import FrozenPolicies
 from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
 from sluice.train.base import Loss, StepStats
-from sluice.train.packed_model import PackedModel, check_replay, choose_attention, make_pack
+from sluice.train.packed_model import Pack, PackedModel, check_replay, choose_attention, empty_pack, make_pack
 from sluice.train.packing import assign, check_fit
 from sluice.train.routing import RoutingReplay
+from sluice.train.sharding import Shards, gathered, identity, like
 from sluice.train.totals import MicroResult, StepTotals, run_loss, send_back
 from sluice.types import MicroBatch, TrainBatch, TrainSample
 
@@ -45,6 +46,8 @@ class TorchTrainer:
         device: where parameters live.
         frozen: folders of further policies by the stream that they fill, such as `teacher:big`. Like the
             reference they are read when a step first asks for them, and kept as models of their own.
+        shards: divides everything among the ranks; None where there is one. The methods of `Trainer` that take
+            samples are then not for use: what each rank does in a call is `train.ranks.worker`'s to say.
 
     Raises:
         ConfigError: the folder is no usable model.
@@ -60,29 +63,40 @@ class TorchTrainer:
         seed: int,
         device: torch.device | str = "cpu",
         frozen: Mapping[str, Path] | None = None,
+        shards: Shards | None = None,
     ) -> None:
         self._config = config
+        self._shards = shards
         self._folder = model_folder
         self._device = torch.device(device)
         torch.manual_seed(seed)
         exact = load_model(model_folder, dtype="float32", attn_implementation=PACKED_ATTENTION)
         self._attention = choose_attention(exact, chunk=config.logprob_chunk, longest=config.micro_batch_tokens)
-        if config.dtype == "float32":
+        if config.dtype == "float32" or shards:
             model = exact
+            model.set_attn_implementation(self._attention)
         else:
             model = load_model(model_folder, dtype=config.dtype, attn_implementation=self._attention)
         self.model = to_device(model, self._device)
         replay = RoutingReplay(model) if config.routing_replay else None
         if config.activation_checkpointing:
             checkpoint_activations(model, replay)
-        self._packed = PackedModel(model, chunk=config.logprob_chunk, replay=replay)
         if replay:
-            check_replay(self._packed, replay)
-        self._frozen = FrozenPolicies({"reference": model_folder, **(frozen or {})}, config, self._device)
+            check_replay(PackedModel(model, chunk=config.logprob_chunk, replay=replay), replay)
+        whole = shards.wrap(model) if shards else None
+        self._packed = PackedModel(model, chunk=config.logprob_chunk, replay=replay, whole=whole)
+        self._frozen = FrozenPolicies({"reference": model_folder, **(frozen or {})}, config, self._device, shards)
         parameters = dict(model.named_parameters())
         wide = dict(exact.named_parameters())
         masters = {name: wide[name].detach() for name, p in parameters.items() if p.dtype != torch.float32}
-        self.optimizer = MasterOptimizer(config.optimizer, parameters, masters, total_steps=total_steps)
+        self.optimizer = MasterOptimizer(
+            config.optimizer, parameters, masters, total_steps=total_steps, rounded=self._rounds
+        )
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether float32 parameters are rounded for every pass, by FSDP, rather than after every update."""
+        return self._shards is not None and self._config.dtype != "float32"
 
     # ── scoring ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -108,16 +122,36 @@ class TorchTrainer:
         results = [np.zeros(len(sample), np.float32) for sample in samples]
         check_fit(samples, self._config.micro_batch_tokens)
         for members in assign([len(sample) for sample in samples], self._config.micro_batch_tokens):
-            lengths = [len(samples[index]) for index in members]
-            micro = MicroBatch(tuple(samples[index] for index in members), np.zeros(sum(lengths)))
-            scored = (micro.stream("version") >= 0) | (micro.stream("weight") > 0)
-            values = np.zeros(micro.num_tokens, np.float32)
-            if scored.any():
-                pack = make_pack(micro, scored, self._device, model.replay)
-                values[scored] = model.scores(pack).logprob.float().cpu().numpy()
-            for index, part in zip(members, np.split(values, micro.cu_seqlens[1:-1]), strict=True):
+            values = self._values(model, [samples[index] for index in members])
+            ends = np.cumsum([len(samples[index]) for index in members])[:-1]
+            for index, part in zip(members, np.split(values, ends), strict=True):
                 results[index] = part
         return results
+
+    @torch.no_grad()
+    def score_pass(self, stream: str, samples: Sequence[TrainSample]) -> np.ndarray:
+        """One pass of `score`: log-probs of all tokens of `samples` end to end, `[tokens]`, 0 where not asked for.
+
+        With shards a call of all ranks; a rank may have no samples.
+        """
+        return self._values(self._packed if stream == "proximal" else self._frozen.model(stream), samples)
+
+    def _values(self, model: PackedModel, samples: Sequence[TrainSample]) -> np.ndarray:
+        micro = MicroBatch(tuple(samples), np.zeros(sum(len(sample) for sample in samples)))
+        values = np.zeros(micro.num_tokens, np.float32)
+        scored = values > 0
+        if samples:
+            scored = (micro.stream("version") >= 0) | (micro.stream("weight") > 0)
+        if scored.any():
+            pack = make_pack(micro, scored, self._device, model.replay)
+            values[scored] = model.scores(pack).logprob.float().cpu().numpy()
+        elif self._shards:
+            model.scores(self._empty(model))
+        return values
+
+    def _empty(self, model: PackedModel) -> Pack:
+        experts = model.replay.empty(2, self._device) if model.replay else None
+        return empty_pack(self._device, experts)
 
     # ── training ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -150,36 +184,75 @@ class TorchTrainer:
         training = [micro for micro in batch.micro_batches if micro.stream("weight").any()]
         sent = False
         for micro in training:
-            packed = make_pack(micro, micro.stream("weight") > 0, self._device, self._packed.replay)
-            scores = self._packed.scores(packed)
-            result: MicroResult = run_loss(micro, packed, scores, loss, totals.streams)
-            routing = self._packed.routing_metrics(packed)
             # A step in which nothing has a gradient still has one, of zeros: moments decay as in any other.
-            sent |= send_back(result.loss, scores, always=micro is training[-1] and not sent)
-            totals.add(micro, replace(result, metrics={**result.metrics, **routing}))
+            result, flat = self._train_pass(micro, loss, totals.streams, always=micro is training[-1] and not sent)
+            sent |= not flat
+            totals.add(micro, result)
         return totals
+
+    def _train_pass(
+        self, micro: MicroBatch, loss: Loss, streams: frozenset[str], *, always: bool
+    ) -> tuple[MicroResult, bool]:
+        """Forward and backward of one micro-batch, and whether the latter was left out; see `send_back`."""
+        packed = make_pack(micro, micro.stream("weight") > 0, self._device, self._packed.replay)
+        scores = self._packed.scores(packed)
+        result: MicroResult = run_loss(micro, packed, scores, loss, streams)
+        routing = self._packed.routing_metrics(packed)
+        sent = send_back(result.loss, scores, always=always)
+        return replace(result, metrics={**result.metrics, **routing}), not sent
+
+    def train_pass(self, micro: MicroBatch, loss: Loss, streams: frozenset[str]) -> MicroResult | None:
+        """One pass of `step`, in which every rank takes part; None for a micro-batch that trains nothing."""
+        if micro.samples and micro.stream("weight").any():
+            return self._train_pass(micro, loss, streams, always=True)[0]
+        (self._packed.scores(self._empty(self._packed)).logprob.sum() * 0.0).backward()
+        return None
 
     # ── weights and state ───────────────────────────────────────────────────────────────────────────────
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Trainer.named_weights`; tensors have the dtype the trainer computes in."""
-        seen: set[tuple[int, torch.Size]] = set()
-        once: dict[str, Tensor] = {}
+        yield from revert_weight_conversion(self.model, self._whole_weights(once=True)).items()
+
+    def _whole_weights(self, *, once: bool) -> dict[str, Tensor]:
+        """The model's tensors in the dtype it computes in; tied ones under the first name only, or under each.
+
+        With shards a call of all ranks, of which only the first gets what it asks for.
+        """
+        dtype = getattr(torch, self._config.dtype)
+        first: dict[Any, Tensor] = {}
+        found: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict().items():
-            identity = (tensor.data_ptr(), tensor.shape)
-            if identity not in seen:
-                seen.add(identity)
-                once[name] = tensor.detach()
-        yield from revert_weight_conversion(self.model, once).items()
+            key = identity(tensor)
+            if key in first:
+                if not once and (not self._shards or self._shards.rank == 0):
+                    found[name] = first[key]
+                continue
+            whole = first[key] = gathered(tensor.detach())
+            if self._shards and self._shards.rank:
+                first[key] = whole[:0]
+                continue
+            if self._rounds and whole.is_floating_point():
+                whole = first[key] = whole.to(dtype)
+            found[name] = whole
+        return found
 
     def save_model(self, folder: Path) -> None:
         """See `Trainer.save_model`. Weights have the dtype the trainer computes in."""
-        self.model.save_pretrained(folder)
+        if self._shards is None:
+            self.model.save_pretrained(folder)
+        else:
+            weights = self._whole_weights(once=False)
+            if self._shards.rank:
+                return
+            self.model.save_pretrained(folder, state_dict=weights)
         copy_tokenizer_files(self._folder, folder)
 
     def save_state(self, folder: Path) -> None:
         """See `Trainer.save_state`."""
-        write_state(folder, self.optimizer.state(), self.optimizer.steps_done)
+        state = self.optimizer.state()
+        if self._shards is None or self._shards.rank == 0:
+            write_state(folder, state, self.optimizer.steps_done)
 
     @torch.no_grad()
     def load_state(self, model: Path, state: Path) -> None:
@@ -199,7 +272,8 @@ class TorchTrainer:
         tensors, steps_done = read_state(state)
         self.optimizer.load_state(tensors, steps_done)
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(parameters[name])
+            if not self._rounds:  # else it was among the optimizer's tensors, before rounding
+                parameter.copy_(like(parameters[name], parameter))
 
 
 def checkpoint_activations(model: PreTrainedModel, replay: RoutingReplay | None = None) -> None:
