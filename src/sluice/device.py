@@ -32,6 +32,23 @@ def resolve(name: str) -> str:
     return f"cuda:{index or 0}"
 
 
+def several(device: str, count: int) -> list[str]:
+    """The devices of `count` ranks: the CPU for each, or one accelerator each, from `device` on.
+
+    Raises:
+        ConfigError: there are not so many here.
+    """
+    if device == "cpu":
+        return [device] * count
+    first, there = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+    if first + count > there:
+        raise ConfigError(
+            f"train.ranks = {count} wants an accelerator each, from {device} on, and {there} are visible",
+            hint="lower train.ranks, or start where there are more",
+        )
+    return [f"cuda:{first + number}" for number in range(count)]
+
+
 def set_threads(threads: int | None) -> None:
     """Use this many CPU threads in torch; None leaves torch's choice."""
     if threads is not None:

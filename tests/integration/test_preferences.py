@@ -17,6 +17,7 @@ from sluice.obs.view import View
 from sluice.orchestrate import api
 from sluice.orchestrate.recorded import recorded_pairs
 from sluice.orchestrate.setup import initial_model
+from sluice.orchestrate.trainers import Trainers
 from sluice.orchestrate.warm_start import prefer
 
 QUIET = {"evaluation": {"every": 0, "greedy": False}, "data": {"eval_prompts": 0}, "steps": 2}
@@ -46,7 +47,8 @@ def _prefer(tmp_path: Path, pairs: dict[str, Any], start: Path, steps: int = 12)
         {"pairs": pairs, "steps": steps, "batch": 4, "beta": 0.5, "train": {"optimizer": {"lr": 3e-3}}}
     )
     told = Told()
-    loss = prefer(config, start, tmp_path / "out", seed=0, device="cpu", template_kwargs={}, view=told)
+    trainers = Trainers("cpu", tmp_path, 1)
+    loss = prefer(config, start, tmp_path / "out", seed=0, trainers=trainers, template_kwargs={}, view=told)
     assert loss == told.rows[-1]["loss"]
     assert (tmp_path / "out" / "model.safetensors").is_file()
     return told.rows

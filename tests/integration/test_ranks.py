@@ -25,7 +25,7 @@ from sluice.train.backends.torch import TorchTrainer
 from sluice.train.packing import make_batch
 from sluice.train.ranks.crew import ProcessCrew
 from sluice.train.ranks.trainer import RankedTrainer
-from sluice.types import LossInputs, LossOutput, TrainBatch
+from sluice.types import LossInputs, LossOutput, Normaliser, TrainBatch
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.timeout(280)
@@ -59,7 +59,7 @@ def ranks(size: int, model: Path, folder: Path, settings: TrainConfig) -> Iterat
 
 
 def batch(lengths: tuple[int, ...] = LENGTHS, *, seed: int = 0, budget: int = 64) -> TrainBatch:
-    return make_batch(make_samples(lengths, seed=seed), budget=budget, normaliser="token")
+    return make_batch(make_samples(lengths, seed=seed), budget=budget, normaliser=Normaliser.TOKEN)
 
 
 def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -127,12 +127,14 @@ def test_four_ranks_for_any_split(tmp_path: Path, architecture: dict[str, Any]) 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_checkpoint_of_two_ranks_goes_on_at_three_and_at_one(tmp_path: Path, dtype: str) -> None:
     """2 → 1 → 3 → 2: the same figures as one rank that never stopped."""
-    model, settings = scratch(tmp_path / "model"), config(dtype=dtype)
-    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    # bfloat16 gradients are summed in another order, and Adam makes much of small ones
+    settings = config(dtype=dtype, optimizer=OPTIMIZER if dtype == "float32" else {"lr": 1e-3})
+    model, tolerance = scratch(tmp_path / "model"), 1e-4 if dtype == "float32" else 1e-2
     alone = one(model, settings)
     for number in range(4):
         alone.step(batch(seed=number), ratio_loss)
     saved: Path | None = None
+    last: dict[str, torch.Tensor] = {}
     for number, size in enumerate((2, 1, 3, 2)):
         here = tmp_path / f"step-{number}"
         here.mkdir()
@@ -182,7 +184,8 @@ def test_what_goes_wrong_at_a_rank_is_what_is_told(tmp_path: Path) -> None:
         os.kill(several._crew.pids[1], signal.SIGKILL)  # type: ignore[attr-defined]
         with pytest.raises(TrainError, match="rank 1 of the trainer: was killed by SIGKILL"):
             several.step(batch(), ratio_loss)
-    with ranks(2, model, tmp_path, config(rank_seconds=3)) as several:
+    with ranks(2, model, tmp_path, settings) as several:
+        several._config = config(rank_seconds=3)
         os.kill(several._crew.pids[1], signal.SIGSTOP)  # type: ignore[attr-defined]
         began = time.monotonic()
         with pytest.raises(TrainError, match=r"within 3 s|imed out"):

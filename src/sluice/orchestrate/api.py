@@ -24,6 +24,7 @@ from sluice.orchestrate.inline import InlineRun, evaluate_model
 from sluice.orchestrate.reporting import report_run
 from sluice.orchestrate.running import run_to_end
 from sluice.orchestrate.setup import embedded_engine, initial_model, load_data
+from sluice.orchestrate.trainers import Trainers
 from sluice.orchestrate.warm_start import fine_tune, prefer
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.runners.base import EpisodeRequest, turn_noise
@@ -115,7 +116,7 @@ def _alone(config: RunConfig, name: str, phase: PhaseConfig, target: Path, run: 
                 initial_model(config, Path(scratch)),
                 target,
                 seed=config.seed,
-                device=device.resolve(config.device),
+                trainers=Trainers(device.resolve(config.device), Path(scratch), config.threads),
                 template_kwargs=config.model.chat_template_kwargs,
                 view=view,
             )

@@ -16,12 +16,13 @@ T = TypeVar("T")
 class Beside:
     """Runs the trainer's work, one piece at a time, always in the same thread.
 
-    Where the engine is in this process (`apart` false), in the thread of the event loop: the two would only take
-    the processor from each other, and a run stays reproducible at every lag. Where engines are processes of their
-    own, in a second thread: the event loop goes on handing out turns, taking in episodes and rewarding them.
+    Where engine and trainer are both in this process (`apart` false), in the thread of the event loop: the two would
+    only take the processor from each other, and a run stays reproducible at every lag. Where one of them is in
+    processes of its own, in a second thread: the event loop goes on handing out turns, taking in episodes and
+    rewarding them.
 
     Args:
-        apart: engines compute elsewhere.
+        apart: engine or trainer compute elsewhere.
         threads: of torch in the second thread, where the number is one per thread; None leaves torch's default.
     """
 

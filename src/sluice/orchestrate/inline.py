@@ -44,10 +44,11 @@ from sluice.orchestrate.setup import (
     make_critic,
     make_engine,
     make_strategy,
-    make_trainer,
     require,
+    total_updates,
 )
 from sluice.orchestrate.streams import frozen_policies
+from sluice.orchestrate.trainers import Trainers
 from sluice.orchestrate.warm_start import fine_tune, prefer
 from sluice.rewards.means import Means
 from sluice.rewards.rubric import Rubric
@@ -70,6 +71,7 @@ class InlineRun:
         self._resume = resume
         self._device = device.resolve(config.device)
         self._timer = PhaseTimer()
+        self._trainers = Trainers(self._device, folder, config.threads)
 
     async def run(self) -> Summary:
         """The whole run. Everything that was opened is closed again, whatever happens."""
@@ -108,7 +110,12 @@ class InlineRun:
             )  # fmt: skip
             check_prompts(rollout.runner, data, config.rollout.sampling.max_new_tokens)
 
-            trainer = make_trainer(config, algorithm, start, device=self._device, frozen=frozen)
+            trainer = stack.enter_context(
+                self._trainers.open(
+                    "policy", config.train, start, total_steps=total_updates(config, algorithm), seed=config.seed,
+                    frozen=frozen,
+                )
+            )  # fmt: skip
             critic = make_critic(config, algorithm, start, device=self._device)
             gate = Gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
             buffer = Buffer(
@@ -125,7 +132,7 @@ class InlineRun:
             )  # fmt: skip
             stack.push_async_callback(producer.close)
             sinks = self._sinks(stack, progress.batch)
-            apart = not isinstance(engine, EmbeddedEngine)
+            apart = not isinstance(engine, EmbeddedEngine) or config.train.ranks > 1
             beside = Beside(apart=apart, threads=config.threads)
             stack.callback(beside.close)
             parts = Parts(
@@ -175,7 +182,7 @@ class InlineRun:
         config, start = self._config, initial_model(self._config, self._folder)
         options: dict[str, Any] = {
             "seed": config.seed,
-            "device": self._device,
+            "trainers": self._trainers,
             "template_kwargs": config.model.chat_template_kwargs,
             "view": self._view,
         }

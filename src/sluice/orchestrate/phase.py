@@ -9,7 +9,7 @@ from pathlib import Path
 from sluice.algos.base import Objective, Unit
 from sluice.config.sft import PhaseConfig
 from sluice.obs.view import View
-from sluice.train.backends.torch import TorchTrainer
+from sluice.orchestrate.trainers import Trainers
 from sluice.train.base import Trainer
 from sluice.train.packing import make_batch
 
@@ -23,7 +23,7 @@ def run_phase(
     out: Path,
     *,
     seed: int,
-    device: str,
+    trainers: Trainers,
     view: View,
 ) -> float:
     """Train the model in `model_folder` on `units` and write it to `out` as a Hugging Face folder.
@@ -33,6 +33,7 @@ def run_phase(
         objective: what is minimised.
         units: what there is to learn from, at least one.
         seed: of the order.
+        trainers: where it is trained.
 
     Returns:
         The loss of the last step.
@@ -40,24 +41,29 @@ def run_phase(
     Raises:
         DataError: a sample is longer than a micro-batch.
     """
-    trainer = TorchTrainer(config.train, model_folder, total_steps=config.steps, seed=seed, device=device)
     loss = float("nan")
     batches = _batches(units, config.batch, f"{seed}/{name}")
-    for step in range(1, config.steps + 1):
-        scored = _scored(trainer, objective, next(batches))
-        advantages = objective.credit(scored)
-        batch = make_batch(
-            [sample.with_streams(advantage=advantages[sample.key]) for unit in scored for sample in unit],
-            budget=config.train.micro_batch_tokens,
-            normaliser=objective.normaliser,
-            constant=objective.constant,
-        )
-        stats = trainer.step(batch, objective.loss)
-        figures = {"loss": stats.loss, "grad_norm": stats.grad_norm, **objective.report(scored)}
-        loss = figures["loss"]
-        view.progress(name, step, config.steps, figures)
-    trainer.save_model(out)
+    with trainers.open(name, config.train, model_folder, total_steps=config.steps, seed=seed) as trainer:
+        for step in range(1, config.steps + 1):
+            figures = _step(trainer, objective, next(batches), config.train.micro_batch_tokens)
+            loss = figures["loss"]
+            view.progress(name, step, config.steps, figures)
+        trainer.save_model(out)
     return loss
+
+
+def _step(trainer: Trainer, objective: Objective, units: Sequence[Unit], budget: int) -> dict[str, float]:
+    """One optimizer step, and its figures."""
+    scored = _scored(trainer, objective, units)
+    advantages = objective.credit(scored)
+    batch = make_batch(
+        [sample.with_streams(advantage=advantages[sample.key]) for unit in scored for sample in unit],
+        budget=budget,
+        normaliser=objective.normaliser,
+        constant=objective.constant,
+    )
+    stats = trainer.step(batch, objective.loss)
+    return {"loss": stats.loss, "grad_norm": stats.grad_norm, **objective.report(scored)}
 
 
 def _scored(trainer: Trainer, objective: Objective, units: Sequence[Unit]) -> list[Unit]:

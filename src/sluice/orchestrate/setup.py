@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,6 @@ from sluice.rollout.engines.embedded.launch import make_fleet as embedded_fleet
 from sluice.rollout.engines.sglang import SGLangEngine, make_fleet
 from sluice.rollout.runners.base import Runner
 from sluice.train.backends.critic import TorchCritic
-from sluice.train.backends.torch import TorchTrainer
 from sluice.types import Prompt, Version
 from sluice.weights.base import Sink
 
@@ -121,18 +120,10 @@ def initial_model(config: RunConfig, folder: Path) -> Path:
     return made
 
 
-def make_trainer(
-    config: RunConfig, algorithm: Algorithm, start: Path, *, device: str, frozen: Mapping[str, Path]
-) -> TorchTrainer:
-    """The trainer of a run's policy.
-
-    Args:
-        start: the model of step 0.
-        frozen: folders of the policies that fill streams, see `TorchTrainer`.
-    """
+def total_updates(config: RunConfig, algorithm: Algorithm) -> int:
+    """Optimizer steps of the policy in the whole run, for its schedule."""
     alone = algorithm.critic.warmup_batches if isinstance(algorithm, ActorCritic) else 0
-    total = max(config.steps - alone, 0) * algorithm.updates_per_batch
-    return TorchTrainer(config.train, start, total_steps=total, seed=config.seed, device=device, frozen=frozen)
+    return max(config.steps - alone, 0) * algorithm.updates_per_batch
 
 
 def make_critic(config: RunConfig, algorithm: Algorithm, start: Path, *, device: str) -> TorchCritic | None:

@@ -16,6 +16,7 @@ from sluice.models.build import load_tokenizer
 from sluice.obs.view import View
 from sluice.orchestrate.phase import run_phase
 from sluice.orchestrate.recorded import recorded_pairs
+from sluice.orchestrate.trainers import Trainers
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.types import Prompt, TrainSample
 
@@ -27,7 +28,7 @@ def fine_tune(
     *,
     prompts: Sequence[Prompt],
     seed: int,
-    device: str,
+    trainers: Trainers,
     template_kwargs: dict[str, object],
     view: View,
 ) -> float:
@@ -51,7 +52,7 @@ def fine_tune(
     ]
     if not units:
         raise DataError("there are no demonstrations", hint="check the demonstrations' source")
-    return run_phase("sft", SFT(), units, config, model_folder, out, seed=seed, device=device, view=view)
+    return run_phase("sft", SFT(), units, config, model_folder, out, seed=seed, trainers=trainers, view=view)
 
 
 def prefer(
@@ -60,7 +61,7 @@ def prefer(
     out: Path,
     *,
     seed: int,
-    device: str,
+    trainers: Trainers,
     template_kwargs: dict[str, object],
     view: View,
 ) -> float:
@@ -82,7 +83,7 @@ def prefer(
         else recorded_pairs(config.pairs, model_folder)
     )
     objective = DPO(config.beta)
-    return run_phase("dpo", objective, pairs, config, model_folder, out, seed=seed, device=device, view=view)
+    return run_phase("dpo", objective, pairs, config, model_folder, out, seed=seed, trainers=trainers, view=view)
 
 
 def _written(

@@ -1,0 +1,70 @@
+"""Where a policy is trained: in this process, or by ranks that it starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sluice import device as devices
+from sluice.config.train import TrainConfig
+from sluice.train.backends.torch import TorchTrainer
+from sluice.train.base import Trainer
+from sluice.train.ranks.crew import Crew, ProcessCrew
+from sluice.train.ranks.trainer import RankedTrainer
+
+
+@dataclass(frozen=True, slots=True)
+class Trainers:
+    """Opens trainers on this host: the run's own, and those of the phases before it.
+
+    Attributes:
+        device: resolved device of the run; further ranks take the accelerators after it.
+        threads: of torch, in this process and at each rank; None leaves the choice, shared out among ranks.
+        folder: of the run; ranks have `folder/ranks`, with their logs.
+    """
+
+    device: str
+    folder: Path
+    threads: int | None = None
+
+    @contextmanager
+    def open(
+        self,
+        name: str,
+        config: TrainConfig,
+        model: Path,
+        *,
+        total_steps: int,
+        seed: int,
+        frozen: Mapping[str, Path] | None = None,
+    ) -> Iterator[Trainer]:
+        """A trainer for the length of the block; see `TorchTrainer` for the arguments.
+
+        Args:
+            name: of what is trained, for the folder of the ranks' logs.
+
+        Raises:
+            ConfigError: there are fewer accelerators than ranks, or the folder is no usable model.
+        """
+        if config.ranks == 1:
+            yield TorchTrainer(config, model, total_steps=total_steps, seed=seed, device=self.device, frozen=frozen)
+            return
+        places = devices.several(self.device, config.ranks)
+        home = self.folder.absolute() / "ranks" / name
+        shutil.rmtree(home / "scratch", ignore_errors=True)  # of a controller that was killed
+        threads = self.threads or max(1, (os.cpu_count() or 1) // config.ranks)
+        crew = self._crew(config.ranks, home, threads)
+        try:
+            yield RankedTrainer(
+                crew, config, model, total_steps=total_steps, seed=seed, devices=places, scratch=home / "scratch",
+                frozen=frozen, threads=threads,
+            )  # fmt: skip
+        finally:
+            crew.close()
+
+    def _crew(self, ranks: int, home: Path, threads: int) -> Crew:
+        return ProcessCrew(ranks, home, [{"OMP_NUM_THREADS": str(threads)}] * ranks)
