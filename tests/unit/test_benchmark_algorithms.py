@@ -80,6 +80,16 @@ def test_a_wrong_entry_is_told_before_anything_is_trained(tmp_path: Path, monkey
     assert not (tmp_path / "start-0").exists()
 
 
+def test_the_page_shows_the_results() -> None:
+    rows = json.loads((algorithms.ROOT / "benchmarks" / "results" / "algorithms.json").read_text())["rows"]
+    page = (algorithms.ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    for line in rows:
+        after, greedy = (" ".join(f"{run[key]:.2f}" for run in line["runs"]) for key in ("eval_after", "greedy_after"))
+        assert f"| `{line['algorithm']}` | {after} | {greedy} |" in page
+    assert {line["algorithm"] for line in rows} == set(ENTRIES)
+    assert [line["algorithm"] for line in rows if not line["learns"]] == ["grpo_random_reward"]
+
+
 def test_a_row_says_whether_every_seed_learnt() -> None:
     good, bad = FIGURES | {"seed": 0}, FIGURES | {"seed": 1, "eval_after": 0.5}
     assert algorithms.row("grpo", [good, good])["learns"] is True
