@@ -24,6 +24,7 @@ from sluice.train.attention import PACKED_ATTENTION
 from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import read_state, write_state
 from sluice.train.backends.torch import checkpoint_activations
+from sluice.train.backends.updating import step_gradients, take_step
 from sluice.train.base import CriticStats, Loss, ValueLoss
 from sluice.train.logprob import TokenScores
 from sluice.train.packed_model import Pack, choose_attention, make_pack, pack_states
@@ -105,25 +106,12 @@ class TorchCritic:
         """See `Critic.step`."""
         if not any(sample.num_trained_tokens for sample in batch.samples):
             return CriticStats(0.0, 0.0, self.optimizer.next_lr, {})
-        self.optimizer.zero_grad()
-        totals = self._backward(batch, loss)
-        norm = self.optimizer.grad_norm()
-        grad_norm = float(norm)
-        if not np.isfinite(grad_norm):
-            self.optimizer.zero_grad()
-            raise totals.not_finite()
-        rate = self.optimizer.update(norm)
-        self.optimizer.zero_grad()
-        stats = totals.stats(grad_norm=grad_norm, lr=rate)
-        return CriticStats(stats.loss, grad_norm, rate, stats.metrics)
+        stats = take_step(self.optimizer, lambda: self._backward(batch, loss))
+        return CriticStats(stats.loss, stats.grad_norm, stats.lr, stats.metrics)
 
     def gradients(self, batch: TrainBatch, loss: ValueLoss) -> dict[str, Tensor]:
         """The gradient of the step's loss by parameter name, before clipping. For tests and inspection."""
-        self.optimizer.zero_grad()
-        self._backward(batch, loss)
-        gradients = {name: gradient.clone() for name, gradient in self.optimizer.gradients().items()}
-        self.optimizer.zero_grad()
-        return gradients
+        return step_gradients(self.optimizer, lambda: self._backward(batch, loss))
 
     def _backward(self, batch: TrainBatch, loss: ValueLoss) -> StepTotals:
         totals = StepTotals(batch)

@@ -26,6 +26,7 @@ from sluice.train.attention import PACKED_ATTENTION
 from sluice.train.backends.frozen import FrozenPolicies
 from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
+from sluice.train.backends.updating import step_gradients, take_step
 from sluice.train.base import Loss, StepStats
 from sluice.train.packed_model import Pack, PackedModel, check_replay, choose_attention, empty_pack, make_pack
 from sluice.train.packing import assign, check_fit
@@ -159,24 +160,11 @@ class TorchTrainer:
         """See `Trainer.step`."""
         if not any(sample.num_trained_tokens for sample in batch.samples):
             return StepTotals(batch).skipped(lr=self.optimizer.next_lr)
-        self.optimizer.zero_grad()
-        totals = self._backward(batch, loss)
-        norm = self.optimizer.grad_norm()
-        grad_norm = float(norm)
-        if not np.isfinite(grad_norm):
-            self.optimizer.zero_grad()
-            raise totals.not_finite()
-        rate = self.optimizer.update(norm)
-        self.optimizer.zero_grad()
-        return totals.stats(grad_norm=grad_norm, lr=rate)
+        return take_step(self.optimizer, lambda: self._backward(batch, loss))
 
     def gradients(self, batch: TrainBatch, loss: Loss) -> dict[str, Tensor]:
         """The gradient of the step's loss by parameter name, before clipping. For tests and inspection."""
-        self.optimizer.zero_grad()
-        self._backward(batch, loss)
-        gradients = {name: gradient.clone() for name, gradient in self.optimizer.gradients().items()}
-        self.optimizer.zero_grad()
-        return gradients
+        return step_gradients(self.optimizer, lambda: self._backward(batch, loss))
 
     def _backward(self, batch: TrainBatch, loss: Loss) -> StepTotals:
         """Forward and backward over all micro-batches that train something."""
