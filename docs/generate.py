@@ -165,8 +165,8 @@ def cli_page() -> str:
     head = [
         "# Commands\n",
         "Every command of `sluice`, made from the code by `make docs`; `sluice COMMAND --help` prints the same.",
-        "Exit codes: 0 done, 2 a wrong command or flag, 130 interrupted; errors of a run have codes of their own",
-        "(`sluice.errors`).\n",
+        "Exit codes: 0 done, 2 a wrong command or flag, 130 interrupted; [errors of a run](../outputs.md#exit-codes)",
+        "have codes of their own.\n",
     ]
     return "\n".join([*head, *command_section(typer.main.get_command(app), "sluice")]).rstrip() + "\n"
 

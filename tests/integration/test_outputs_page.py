@@ -15,6 +15,7 @@ from sluice import errors
 from sluice.log import Kind
 from sluice.obs.metrics import read_metrics
 from sluice.obs.summary import Summary
+from sluice.obs.timing import OTHER
 from sluice.orchestrate import api, folder
 from sluice.rollout.engines.sglang import fleet
 from sluice.train import packed_model
@@ -102,6 +103,13 @@ def test_every_metric_is_on_the_page_and_every_name_on_the_page_is_a_metric(tmp_
     assert unnamed == [], "not on the page"
     unknown = [name for name, each in patterns.items() if not any(map(each.fullmatch, found))]
     assert unknown == [], "on the page, but nothing writes it"
+
+
+def test_phases() -> None:
+    (row,) = [line for line in PAGE.splitlines() if line.startswith("| `time/PHASE`")]
+    sources = [file.read_text(encoding="utf-8") for file in Path(folder.__file__).parent.glob("*.py")]
+    phases = {name for source in sources for name in re.findall(r'phase\("(\w+)"\)', source)}
+    assert set(re.findall(r"`(\w+)`", row)) == phases | {OTHER}
 
 
 def test_the_other_tables_are_what_the_code_says() -> None:
