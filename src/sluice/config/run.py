@@ -13,6 +13,7 @@ from sluice.config.data import DataConfig, OnStale
 from sluice.config.model import ModelConfig
 from sluice.config.obs import ObsConfig
 from sluice.config.offline import refusals
+from sluice.config.placement import PlacementConfig
 from sluice.config.preferences import PreferenceConfig
 from sluice.config.rewards import GivenReward, GroupRewardBase, RewardConfig
 from sluice.config.rollout import RolloutConfig, SamplingConfig
@@ -111,6 +112,8 @@ class RunConfig(Part):
     """Groups of one batch."""
     train: TrainConfig = TrainConfig()
     """Optimizer and memory."""
+    placement: PlacementConfig = PlacementConfig()
+    """Where trainer ranks and engines are."""
     evaluation: EvalConfig = EvalConfig()
     """Held-out evaluation."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -21,6 +21,7 @@ from sluice.obs.summary import Summary
 from sluice.obs.view import View, make_view
 from sluice.orchestrate.folder import open_folder
 from sluice.orchestrate.inline import InlineRun, evaluate_model
+from sluice.orchestrate.placement import place
 from sluice.orchestrate.reporting import report_run
 from sluice.orchestrate.running import run_to_end
 from sluice.orchestrate.setup import embedded_engine, initial_model, load_data
@@ -53,7 +54,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, v
     folder = open_folder(config, resume=resume, overwrite=overwrite)
     shown = view or make_view(config.obs.live)
     try:
-        summary = run_to_end(InlineRun(config, folder, shown, resume=resume).run())
+        with place(config, folder, device.resolve(config.device), shown.log) as placement:
+            summary = run_to_end(InlineRun(config, folder, shown, resume=resume, placement=placement).run())
     except Exception:
         if config.obs.report:
             report_run(folder, shown.log)

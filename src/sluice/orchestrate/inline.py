@@ -32,6 +32,7 @@ from sluice.orchestrate.folder import digest
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
 from sluice.orchestrate.loop import Loop, Parts, Progress
+from sluice.orchestrate.placement import Placement
 from sluice.orchestrate.producer import Producer, Recovered
 from sluice.orchestrate.recovery import alive_episodes, alive_requests, first_alive, logged_episodes, logged_versions
 from sluice.orchestrate.serving import Rollout, open_rollout
@@ -48,13 +49,13 @@ from sluice.orchestrate.setup import (
     total_updates,
 )
 from sluice.orchestrate.streams import frozen_policies
-from sluice.orchestrate.trainers import Trainers
 from sluice.orchestrate.warm_start import fine_tune, prefer
 from sluice.rewards.means import Means
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.sglang import SGLangFleet
 from sluice.sandbox.sandbox import Sandbox
+from sluice.train.backends.torch import TorchTrainer
 from sluice.train.base import Critic, Trainer
 from sluice.types import Version
 from sluice.weights.lineage import Lineage
@@ -64,14 +65,14 @@ from sluice.weights.store import WeightStore
 class InlineRun:
     """Builds the parts, brings them to where a checkpoint stood, runs the loop, writes the summary."""
 
-    def __init__(self, config: RunConfig, folder: Path, view: View, *, resume: bool) -> None:
+    def __init__(self, config: RunConfig, folder: Path, view: View, *, resume: bool, placement: Placement) -> None:
         self._config = config
         self._folder = folder
         self._view = view
         self._resume = resume
         self._device = device.resolve(config.device)
         self._timer = PhaseTimer()
-        self._trainers = Trainers(self._device, folder, config.threads)
+        self._trainers, self._hosts = placement.trainers, placement.hosts
 
     async def run(self) -> Summary:
         """The whole run. Everything that was opened is closed again, whatever happens."""
@@ -101,7 +102,13 @@ class InlineRun:
             start = self._start_model(checkpoint, data)
             tokenizer = load_tokenizer(start)
             engine, sink = make_engine(
-                config.rollout, start, tokenizer, device=self._device, folder=folder, tell=self._view.log
+                config.rollout,
+                start,
+                tokenizer,
+                device=self._device,
+                folder=folder,
+                tell=self._view.log,
+                hosts=self._hosts,
             )
             rollout = await open_rollout(
                 stack, config.rollout, engine, tokenizer, folder=folder,
@@ -132,7 +139,7 @@ class InlineRun:
             )  # fmt: skip
             stack.push_async_callback(producer.close)
             sinks = self._sinks(stack, progress.batch)
-            apart = not isinstance(engine, EmbeddedEngine) or config.train.ranks > 1
+            apart = not (isinstance(engine, EmbeddedEngine) and isinstance(trainer, TorchTrainer))
             beside = Beside(apart=apart, threads=config.threads)
             stack.callback(beside.close)
             parts = Parts(

@@ -23,6 +23,7 @@ from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.embedded.fit import check_config
 from sluice.rollout.engines.embedded.launch import make_fleet as embedded_fleet
 from sluice.rollout.engines.sglang import SGLangEngine, make_fleet
+from sluice.rollout.engines.sglang.hosting import Hosts
 from sluice.rollout.runners.base import Runner
 from sluice.train.backends.critic import TorchCritic
 from sluice.types import Prompt, Version
@@ -143,19 +144,21 @@ def make_engine(
     device: str,
     folder: Path,
     tell: Callable[[str], None],
+    hosts: Hosts | None = None,
 ) -> tuple[Engine, Sink]:
     """The engine that `rollout.engine` names; it is also the sink of weight updates.
 
     Args:
         folder: of the run; logs of servers that are started go there.
         tell: told in a line each what servers do while they start, and when one is lost.
+        hosts: where servers are started; None takes this host.
     """
     if config.engine == "embedded" and config.embedded.servers:
-        engine = embedded_fleet(config, model=model_folder, folder=folder, device=device, progress=tell)
+        engine = embedded_fleet(config, model=model_folder, folder=folder, device=device, progress=tell, hosts=hosts)
     elif config.engine == "embedded":
         engine = embedded_engine(config.embedded, model_folder, tokenizer, device=device)
     elif config.engine == "sglang":
-        engine = make_fleet(config, model=model_folder, folder=folder, device=device, progress=tell)
+        engine = make_fleet(config, model=model_folder, folder=folder, device=device, progress=tell, hosts=hosts)
     else:
         engine = SGLangEngine(config.engine, config.sglang)
     return engine, engine

@@ -50,10 +50,10 @@ class Trainers:
         Raises:
             ConfigError: there are fewer accelerators than ranks, or the folder is no usable model.
         """
-        if config.ranks == 1:
+        if config.ranks == 1 and self._alone:
             yield TorchTrainer(config, model, total_steps=total_steps, seed=seed, device=self.device, frozen=frozen)
             return
-        places = devices.several(self.device, config.ranks)
+        places = self._places(config.ranks)
         home = self.folder.absolute() / "ranks" / name
         shutil.rmtree(home / "scratch", ignore_errors=True)  # of a controller that was killed
         threads = self.threads or max(1, (os.cpu_count() or 1) // config.ranks)
@@ -65,6 +65,14 @@ class Trainers:
             )  # fmt: skip
         finally:
             crew.close()
+
+    @property
+    def _alone(self) -> bool:
+        """Whether a single rank is this process itself."""
+        return True
+
+    def _places(self, ranks: int) -> list[str]:
+        return devices.several(self.device, ranks)
 
     def _crew(self, ranks: int, home: Path, threads: int) -> Crew:
         return ProcessCrew(ranks, home, [{"OMP_NUM_THREADS": str(threads)}] * ranks)

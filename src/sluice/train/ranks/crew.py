@@ -49,6 +49,10 @@ class Crew(Protocol):
     @property
     def size(self) -> int: ...
 
+    def meeting(self, folder: Path) -> str:
+        """Where the ranks find each other, new each time: a file in `folder`, or `tcp://host:port` of rank 0."""
+        ...
+
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]], *, seconds: float) -> list[Any]:
         """Call `method` at every rank with its arguments; their answers, by rank.
 
@@ -101,6 +105,10 @@ class ProcessCrew:
     @property
     def size(self) -> int:
         return len(self._children)
+
+    def meeting(self, folder: Path) -> str:
+        """See `Crew.meeting`: all ranks are on this host."""
+        return str(folder / "store")
 
     @property
     def pids(self) -> list[int]:

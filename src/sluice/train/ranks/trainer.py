@@ -61,10 +61,11 @@ class RankedTrainer:
         scratch.mkdir(parents=True, exist_ok=True)
         self._scratch = scratch.absolute()
         with tempfile.TemporaryDirectory(prefix="meeting-", dir=self._scratch) as meeting:
+            where = crew.meeting(Path(meeting))
             there = {name: path.absolute() for name, path in (frozen or {}).items()}
             specs = [
                 RankSpec(
-                    rank, crew.size, Path(meeting) / "store", config, model_folder.absolute(), total_steps, seed,
+                    rank, crew.size, where, config, model_folder.absolute(), total_steps, seed,
                     device, there, loaded_files(), threads,
                 )
                 for rank, device in enumerate(devices)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from sluice import device as devices
 from sluice.config.train import TrainConfig
@@ -30,7 +30,8 @@ class RankSpec:
 
     Attributes:
         rank, world: which one of how many.
-        meeting: file that all ranks see and nobody has used before: where the process group forms.
+        meeting: where the process group forms: a file that all ranks see and nobody has used before, or
+            `tcp://host:port`, where rank 0 listens.
         model_folder, total_steps, seed, frozen, config: see `TorchTrainer`.
         device: `cpu`, or `cuda:N` of this process.
         plugins: files of the user's own code that were loaded in the controller.
@@ -39,7 +40,7 @@ class RankSpec:
 
     rank: int
     world: int
-    meeting: Path
+    meeting: str
     config: TrainConfig
     model_folder: Path
     total_steps: int
@@ -79,7 +80,7 @@ class RankWorker:
             torch.cuda.set_device(spec.device)
         dist.init_process_group(
             devices.collectives(spec.device),
-            store=FileStore(str(spec.meeting), spec.world),
+            store=_store(spec),
             rank=spec.rank,
             world_size=spec.world,
             timeout=timedelta(seconds=spec.config.rank_seconds),
@@ -140,6 +141,14 @@ class RankWorker:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _store(spec: RankSpec) -> Store:
+    host, _, port = spec.meeting.removeprefix("tcp://").rpartition(":")
+    if not spec.meeting.startswith("tcp://"):
+        return FileStore(spec.meeting, spec.world)
+    seconds = timedelta(seconds=spec.config.rank_seconds)
+    return TCPStore(host, int(port), spec.world, is_master=spec.rank == 0, timeout=seconds)
 
 
 def _portable(result: MicroResult | None) -> MicroResult | None:

@@ -6,12 +6,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from sluice.config.rollout import RolloutConfig
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
+from sluice.rollout.engines.sglang.hosting import Here, Hosts, Needs
 from sluice.rollout.engines.sglang.launch import HOST, answers
 from sluice.rollout.engines.sglang.make import spreader
 from sluice.rollout.engines.sglang.member import Member, Running
@@ -28,18 +29,28 @@ class EmbeddedLauncher:
         model: folder they load at start; the weights of the run come later.
         folder: logs go to `folder/NAME.log`.
         device: of weights and cache.
+        host: address that servers listen on.
     """
 
     config: RolloutConfig
     model: Path
     folder: Path
     device: str
+    host: str = HOST
+
+    def needs(self, spec: str) -> Needs:
+        """See `Launches`."""
+        return Needs(self.config.embedded.threads, 0 if self.device == "cpu" else 1)
+
+    def on(self, host: str) -> EmbeddedLauncher:
+        """See `Launches`."""
+        return replace(self, host=host)
 
     def command(self, port: int) -> list[str]:
         """The command line of one server."""
         embedded = self.config.embedded
         words = [sys.executable, "-m", "sluice.rollout.engines.embedded.server"]
-        words += ["--model", str(self.model), "--host", HOST, "--port", str(port), "--device", self.device]
+        words += ["--model", str(self.model), "--host", self.host, "--port", str(port), "--device", self.device]
         return [*words, "--threads", str(embedded.threads), "--config", embedded.model_dump_json()]
 
     def environment(self) -> dict[str, str]:
@@ -56,19 +67,25 @@ class EmbeddedLauncher:
         """
 
         async def begin(port: int) -> tuple[ManagedProcess, str]:
-            url = f"http://{HOST}:{port}"
+            url = f"http://{self.host}:{port}"
             process = await ManagedProcess.start(
                 name, self.command(port), env=self.environment(), log_path=self.folder / f"{name}.log",
                 ready=lambda: answers(url, self.model), seconds=self.config.sglang.start_seconds,
             )  # fmt: skip
             return process, url
 
-        process, url = await start_on_port(begin, host=HOST)
+        process, url = await start_on_port(begin, host=self.host)
         return Running(url, None, process)
 
 
 def make_fleet(
-    config: RolloutConfig, *, model: Path, folder: Path, device: str, progress: Callable[[str], None] | None = None
+    config: RolloutConfig,
+    *,
+    model: Path,
+    folder: Path,
+    device: str,
+    progress: Callable[[str], None] | None = None,
+    hosts: Hosts | None = None,
 ) -> SGLangFleet:
     """The engine of `rollout.embedded.servers` >= 1; see the function of the same name for SGLang.
 
@@ -81,7 +98,7 @@ def make_fleet(
     launcher = EmbeddedLauncher(config, model.absolute(), logs, device)
     names = [f"embedded-{number}" for number in range(config.embedded.servers)]
     members = [
-        Member(name, "regular", "embedded", config.sglang, partial(launcher.start, name), owned=True,
+        Member(name, "regular", "embedded", config.sglang, partial((hosts or Here()).start, launcher, name), owned=True,
                model=launcher.model)
         for name in names
     ]  # fmt: skip

@@ -12,6 +12,7 @@ import httpx
 
 from sluice.config.sglang import EngineGroup, Flag, SGLangConfig
 from sluice.errors import ConfigError, EngineError
+from sluice.rollout.engines.sglang.hosting import Needs
 from sluice.rollout.engines.sglang.member import Running
 from sluice.rollout.process import ManagedProcess, flags, reserve_port, start_on_port
 from sluice_engine import cpu, environments
@@ -85,6 +86,7 @@ class Launcher:
         build: `cpu`, `cuda` or `rocm`.
         context_length: longest sequence in tokens; None takes the model's own, or the server's default.
         progress: told what each server is doing while it starts.
+        host: address that servers listen on.
     """
 
     config: SGLangConfig
@@ -93,6 +95,16 @@ class Launcher:
     build: str
     context_length: int | None = None
     progress: Callable[[str], None] | None = None
+    host: str = HOST
+
+    def needs(self, spec: Spec) -> Needs:
+        """See `Launches`."""
+        size = spec.group.tp * spec.group.pp * spec.group.dp
+        return Needs(1, 0) if self.build == "cpu" else Needs(1, size)
+
+    def on(self, host: str) -> Launcher:
+        """See `Launches`."""
+        return replace(self, host=host, progress=None)
 
     def python(self) -> Path:
         """The interpreter of the engines' environment. EngineError when it is not there."""
@@ -118,7 +130,7 @@ class Launcher:
 
     def _typed(self, group: EngineGroup, port: int, bootstrap_port: int | None) -> dict[str, Flag]:
         config = self.config
-        found: dict[str, Flag] = {"host": HOST, "port": port, "incremental-streaming-output": True}
+        found: dict[str, Flag] = {"host": self.host, "port": port, "incremental-streaming-output": True}
         found |= cpu.FLAGS if self.build == "cpu" else {"device": "cuda"}  # ROCm answers to cuda as well
         if config.dtype != "auto" or self.build != "cpu":
             found["dtype"] = config.dtype
@@ -160,13 +172,13 @@ class Launcher:
         python = self.python()
         self._show_ranks(spec, python)
         if spec.role == "prefill":
-            with reserve_port(HOST) as bootstrap_port:
+            with reserve_port(self.host) as bootstrap_port:
                 return await self._start(spec, python, bootstrap_port)
         return await self._start(spec, python, None)
 
     async def _start(self, spec: Spec, python: Path, bootstrap_port: int | None) -> Running:
         async def begin(port: int) -> tuple[ManagedProcess, str]:
-            url = f"http://{HOST}:{port}"
+            url = f"http://{self.host}:{port}"
             process = await ManagedProcess.start(
                 spec.name,
                 self.command(spec, python=python, port=port, bootstrap_port=bootstrap_port),
@@ -178,7 +190,7 @@ class Launcher:
             )
             return process, url
 
-        process, url = await start_on_port(begin, host=HOST)
+        process, url = await start_on_port(begin, host=self.host)
         return Running(url, bootstrap_port, process)
 
     def _show_ranks(self, spec: Spec, python: Path) -> None:

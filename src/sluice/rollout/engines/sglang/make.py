@@ -11,6 +11,7 @@ from sluice.config.rollout import RolloutConfig
 from sluice.errors import ConfigError
 from sluice.rollout.engines.sglang.engine import api_key
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
+from sluice.rollout.engines.sglang.hosting import Here, Hosts
 from sluice.rollout.engines.sglang.launch import Launcher, Spec, specs
 from sluice.rollout.engines.sglang.member import Member, Running
 from sluice.rollout.router import Router
@@ -23,6 +24,7 @@ def make_fleet(
     folder: Path,
     device: str,
     progress: Callable[[str], None] | None = None,
+    hosts: Hosts | None = None,
 ) -> SGLangFleet:
     """The engine of `rollout.engine = "sglang"`. `start` starts or finds everything, `close` ends what it started.
 
@@ -32,6 +34,7 @@ def make_fleet(
         folder: of the run; logs go to `folder/engines/NAME.log`.
         device: resolved device of the run; decides the build when the recipe does not.
         progress: told what starts, is lost and comes back, in a line each.
+        hosts: where servers are started; None takes this host.
 
     Raises:
         ConfigError: the recipe's parts do not fit together.
@@ -44,7 +47,7 @@ def make_fleet(
     if sglang.urls:
         members = [_attached(url.rstrip("/"), config, key) for url in sglang.urls]
     else:
-        members = [_started(spec, config, launcher, device) for spec in specs(sglang)]
+        members = [_started(spec, config, launcher, device, hosts or Here()) for spec in specs(sglang)]
     return SGLangFleet(
         members,
         sglang,
@@ -55,8 +58,8 @@ def make_fleet(
     )
 
 
-def _started(spec: Spec, config: RolloutConfig, launcher: Launcher, device: str) -> Member:
-    bring: Callable[[], Awaitable[Running]] = partial(launcher.start, spec)
+def _started(spec: Spec, config: RolloutConfig, launcher: Launcher, device: str, hosts: Hosts) -> Member:
+    bring: Callable[[], Awaitable[Running]] = partial(hosts.start, launcher, spec)
     group = spec.group
     shape = f"{group.tp} {group.dp} {group.ep} {group.pp} {group.args}"
     shared = launcher.build != "cpu" and devices.is_visible_to(device, launcher.environment(spec))

@@ -1,0 +1,111 @@
+"""A Ray cluster: found or started, asked for room, left as it was found."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from sluice.config.placement import PlacementConfig
+from sluice.errors import ConfigError
+
+
+@contextmanager
+def cluster(config: PlacementConfig, *, cpus: int) -> Iterator[None]:
+    """Be connected to a cluster for the length of the block.
+
+    A cluster that was found is left running, without what the run put there; one that was started here ends.
+
+    Args:
+        cpus: of a local cluster that is started: as many as the run's parts ask for.
+
+    Raises:
+        ConfigError: there is no such cluster, it has another version of Ray or Python, or this process is
+            connected already.
+    """
+    if ray.is_initialized():
+        raise ConfigError(
+            "this process is connected to a Ray cluster already", hint="call ray.shutdown() before, or use the command"
+        )
+    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "sluice"}
+    if address:
+        options["address"] = address
+    else:
+        options |= {"num_cpus": cpus, "include_dashboard": False}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        said = str(error).strip().splitlines()
+        raise ConfigError(
+            f"no Ray cluster at {address or 'this host'}: {said[0] if said else type(error).__name__}",
+            hint="start one with `ray start --head`, or leave placement.address empty: a local one is then started",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Room for one actor."""
+
+    cpus: float
+    accelerators: int = 0
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        return {"CPU": self.cpus} | ({"GPU": float(self.accelerators)} if self.accelerators else {})
+
+
+class Room:
+    """Room that was reserved for all parts of a run at once, so that no two runs hold half of what each needs.
+
+    Args:
+        parts: one for each actor, in the order in which `place` is asked.
+        seconds: how long to wait for it.
+
+    Raises:
+        ConfigError: the cluster has less in all, or does not have it free in time.
+    """
+
+    def __init__(self, parts: Sequence[Part], *, seconds: float) -> None:
+        self._parts = list(parts)
+        for kind, word in (("CPU", "CPU cores"), ("GPU", "accelerators")):
+            wanted = sum(part.bundle.get(kind, 0.0) for part in parts)
+            there = float(ray.cluster_resources().get(kind, 0.0))
+            if wanted > there:
+                raise ConfigError(
+                    f"the run asks for {wanted:g} {word}; the Ray cluster has {there:g}",
+                    hint="lower train.ranks or the number of engines, or attach to a larger cluster",
+                )
+        self._group = placement_group([part.bundle for part in parts], strategy="PACK")
+        try:
+            ray.get(self._group.ready(), timeout=seconds)
+        except GetTimeoutError as error:
+            free = ray.available_resources()
+            self.close()
+            raise ConfigError(
+                f"the Ray cluster had no room within {seconds:g} s for {len(self._parts)} parts of {parts[0].bundle} "
+                f"and like; free are {free.get('CPU', 0):g} CPU cores and {free.get('GPU', 0):g} accelerators",
+                hint="somebody else uses the cluster; wait, or raise placement.ready_seconds",
+            ) from error
+
+    def place(self, number: int) -> dict[str, Any]:
+        """Options of the actor of part `number`."""
+        part = self._parts[number]
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=number)
+        return {"num_cpus": part.cpus, "num_gpus": part.accelerators, "scheduling_strategy": strategy}
+
+    def close(self) -> None:
+        """Give it back."""
+        remove_placement_group(self._group)

@@ -1,0 +1,70 @@
+"""A run's parts as actors: how much room they need, and who is where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sluice.config.run import RunConfig
+from sluice.orchestrate.ray.cluster import Part, Room, cluster
+from sluice.orchestrate.ray.engines import RayHosts
+from sluice.orchestrate.ray.ranks import RayCrew
+from sluice.orchestrate.trainers import Trainers
+from sluice.train.ranks.crew import Crew
+
+
+def rank_parts(config: RunConfig, device: str) -> list[Part]:
+    """One for each rank of the trainer; phases before the run use the same places."""
+    phases = [phase.train.ranks for phase in (config.warm_start, config.preferences) if phase is not None]
+    ranks = max([config.train.ranks, *phases])
+    return [Part(config.threads or 1, 0 if device == "cpu" else 1)] * ranks
+
+
+def engine_parts(config: RunConfig, device: str) -> list[Part]:
+    """One for each server that the run starts."""
+    rollout, accelerated = config.rollout, device != "cpu"
+    if rollout.engine == "embedded":
+        return [Part(rollout.embedded.threads, int(accelerated))] * rollout.embedded.servers
+    if rollout.engine != "sglang" or rollout.sglang.urls:
+        return []
+    return [
+        Part(1, group.tp * group.pp * group.dp if accelerated else 0)
+        for group in rollout.sglang.groups
+        for _ in range(group.engines)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class RayTrainers(Trainers):
+    """Trainers whose ranks are actors, one rank too: the run's own process may have no accelerator."""
+
+    room: Room | None = None
+
+    @property
+    def _alone(self) -> bool:
+        return False
+
+    def _places(self, ranks: int) -> list[str]:
+        return ["cpu" if self.device == "cpu" else "cuda:0"] * ranks  # an actor sees its own accelerator only
+
+    def _crew(self, ranks: int, home: Path, threads: int) -> Crew:
+        assert self.room is not None  # given by `ray_placement`
+        return RayCrew(ranks, self.room)
+
+
+@contextmanager
+def ray_placement(
+    config: RunConfig, folder: Path, device: str, tell: Callable[[str], None]
+) -> Iterator[tuple[RayTrainers, RayHosts]]:
+    """Connect, reserve room for everything, give it back. See `orchestrate.placement.place`."""
+    ranks, engines = rank_parts(config, device), engine_parts(config, device)
+    parts = [*ranks, *engines]
+    with cluster(config.placement, cpus=max(1, round(sum(part.cpus for part in parts)))):
+        room = Room(parts, seconds=config.placement.ready_seconds)
+        try:
+            trainers = RayTrainers(device, folder, config.threads, room)
+            yield trainers, RayHosts(room, len(ranks), tell)
+        finally:
+            room.close()
