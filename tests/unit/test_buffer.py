@@ -262,3 +262,28 @@ def test_curriculum_opens_the_next_level_when_this_one_is_mastered() -> None:
     again = make()
     again.load_state_dict(saved)
     assert [again.next()[0].id for _ in range(40)] == asked[10:]
+
+
+def test_a_tighter_bound_asks_again_for_what_cannot_keep_it() -> None:
+    """Alive under lag 2 with one group a step: three groups. Under lag 0 one may stay, if none of it is too old."""
+    wide = buffer(GateConfig(max_lag=2, order=Order.DISPATCH), groups_per_step=1)
+    requests = [wide.request() for _ in range(wide.want())]
+    assert len(requests) == 3
+    first = scored(requests[0], 0)
+    wide.add(first)
+    third = scored(requests[2], 1)
+    wide.add(third)
+    tight = buffer(GateConfig(), groups_per_step=1)
+    known = {request.id: request for request in requests}
+    tight.load_state_dict(wide.state_dict(), known, {each.episode.id: each for each in (first, third)})
+    assert tight.renew(lambda each: False) == [third]
+    assert [request.id for request, _ in tight.unfinished()] == [requests[0].id]
+    assert tight.want() == 0
+
+    again = buffer(GateConfig(), groups_per_step=1)
+    again.load_state_dict(tight.state_dict(), known, {first.episode.id: first})
+    assert again.renew(lambda each: True) == [first]
+    assert again.want() == 1
+    asked = [again.request().prompt for _ in range(3)]
+    assert asked == [requests[1].prompt, requests[2].prompt, requests[0].prompt]
+    assert again.request().prompt.id not in {request.prompt.id for request in requests}

@@ -13,7 +13,7 @@ first: at lag 0 a run is reproducible. In completion order a group is settled wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -72,6 +72,7 @@ class Buffer:
         self._filters = filters
         self._in_order = gate.config.effective_order is Order.DISPATCH
         self._slots: dict[str, _Slot] = {}
+        self._again: list[GroupRequest] = []
         self._next_ordinal = 0
         self._completed = 0
         self._dropped_in_a_row = 0
@@ -86,8 +87,9 @@ class Buffer:
         return self._gate.admits(self.alive)
 
     def request(self) -> GroupRequest:
-        """Ask the strategy for the next group and give it a slot."""
-        prompt, n = self._strategy.next()
+        """Give the next group a slot: one that is asked for again, or the strategy's."""
+        again = self._again.pop(0) if self._again else None
+        prompt, n = (again.prompt, again.n) if again else self._strategy.next()
         request = GroupRequest(self._next_ordinal, prompt, n, self._sampling)
         self._next_ordinal += 1
         self._slots[request.id] = _Slot(request)
@@ -168,6 +170,23 @@ class Buffer:
         """The batch that was taken is trained: free its slots."""
         self._slots = {id: slot for id, slot in self._slots.items() if slot.state is not State.TAKEN}
 
+    def renew(self, too_old: Callable[[Scored], bool]) -> list[Scored]:
+        """After a resume under a tighter bound: groups that could not be trained within it are asked for again.
+
+        These are the groups beyond those that the gate lets be alive, and those with an episode that is `too_old`.
+
+        Returns:
+            Their finished episodes, which nobody will train.
+        """
+        left: list[Scored] = []
+        for place, (id, slot) in enumerate(list(self._slots.items())):
+            if place < self._gate.max_alive and not any(too_old(scored) for scored in slot.finished.values()):
+                continue
+            del self._slots[id]
+            self._again.append(slot.request)
+            left += slot.finished.values()
+        return left
+
     def unfinished(self) -> list[tuple[GroupRequest, list[int]]]:
         """Requests with the sample numbers that are still missing: what a resumed run dispatches again."""
         missing: list[tuple[GroupRequest, list[int]]] = []
@@ -187,6 +206,7 @@ class Buffer:
             "completed": self._completed,
             "dropped_in_a_row": self._dropped_in_a_row,
             "strategy": self._strategy.state_dict(),
+            "again": [request.id for request in self._again],
             "slots": [
                 {
                     "group": slot.request.id,
@@ -209,7 +229,7 @@ class Buffer:
 
         Args:
             state: what `state_dict` returned.
-            requests: the groups alive, by id.
+            requests: the groups alive, and those to be asked for again, by id.
             episodes: their finished episodes, by id.
 
         Raises:
@@ -219,6 +239,7 @@ class Buffer:
         self._completed = int(state["completed"])
         self._dropped_in_a_row = int(state["dropped_in_a_row"])
         self._strategy.load_state_dict(state["strategy"])
+        self._again = [requests[id] for id in state.get("again", [])]
         self._slots = {}
         for saved in state["slots"]:
             lost = [id for id in saved["finished"] if id not in episodes]

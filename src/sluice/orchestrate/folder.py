@@ -6,7 +6,8 @@ runs/NAME/
     summary.json        written at the end
     report.html         written at the end, and by `sluice report`
     agents/             logs of agent programs, an episode each (runner `command`)
-    engines/            logs of SGLang servers and the router that were started here
+    engines/            logs of servers and the router that were started here
+    ranks/              logs of trainer ranks (`train.ranks`)
     log/                the durable episode log (`sluice episodes runs/NAME`)
     checkpoints/        atomic, newest last
     tensorboard/        event files
@@ -34,9 +35,11 @@ MAY_CHANGE = (
     "rollout.gateway.host", "rollout.gateway.port", "rollout.gateway.owner_key_env", "rollout.gateway.idle_seconds",
     "rollout.gateway.max_sessions", "rollout.gateway.body_bytes", "rollout.gateway.retry_after_seconds",
     "rollout.runner.parallel", "rollout.runner.keep", "train.micro_batch_tokens",
-    "train.logprob_chunk", "train.activation_checkpointing",
+    "train.logprob_chunk", "train.activation_checkpointing", "train.ranks", "train.rank_seconds", "placement",
+    "warm_start.train.ranks", "warm_start.train.rank_seconds", "preferences.train.ranks",
+    "preferences.train.rank_seconds", "data.gate",
 )  # fmt: skip
-"""What a resumed run may change: it alters speed, length or place, not what is learned up to here."""
+"""What a resumed run may change: speed, length, place, or the lag from here on; not what was learned up to here."""
 
 
 def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path:

@@ -18,7 +18,7 @@ from sluice.data.buffer import Buffer
 from sluice.data.filters import make_filter
 from sluice.data.gate import Gate
 from sluice.errors import ConfigError, LogError
-from sluice.log.records import FaultRecord, ResumeRecord, RunRecord
+from sluice.log.records import Disposition, DispositionRecord, FaultRecord, ResumeRecord, RunRecord
 from sluice.log.writer import LogWriter
 from sluice.models.build import load_tokenizer
 from sluice.obs.metrics import MetricSink
@@ -57,7 +57,7 @@ from sluice.rollout.engines.sglang import SGLangFleet
 from sluice.sandbox.sandbox import Sandbox
 from sluice.train.backends.torch import TorchTrainer
 from sluice.train.base import Critic, Trainer
-from sluice.types import Version
+from sluice.types import Scored, Version
 from sluice.weights.lineage import Lineage
 from sluice.weights.store import WeightStore
 
@@ -168,6 +168,8 @@ class InlineRun:
     async def _measure_and_train(self, loop: Loop, parts: Parts, *, fresh: bool) -> Summary:
         """Activate the first weights, measure them, run the loop, measure again."""
         await loop.publish()
+        if not fresh:
+            self._renew(parts)
         if fresh:
             if parts.evaluator:
                 loop.progress.before = (await loop.evaluate()).to_json()
@@ -238,10 +240,29 @@ class InlineRun:
         return progress, recovered
 
     def _may_use(self, lineage: Lineage, gate: Gate) -> Callable[[Version], bool]:
-        """Where the gate waits, an episode of an abandoned version is sampled again; else it judges it."""
-        if gate.config.effective_on_stale is OnStale.WAIT:
-            return lineage.in_line
-        return lambda version: True
+        """Where the gate waits, an episode of an abandoned version, or of one too old, is sampled again; else the gate
+        judges it."""
+        if gate.config.effective_on_stale is not OnStale.WAIT:
+            return lambda version: True
+        return lambda version: lineage.in_line(version) and lineage.lag(version) <= gate.config.max_lag
+
+    def _renew(self, parts: Parts) -> None:
+        """A run that goes on under a tighter bound leaves what cannot keep it, and asks for these prompts again."""
+        gate, may_use = parts.gate, self._may_use(parts.lineage, parts.gate)
+        if gate.config.effective_on_stale is not OnStale.WAIT:
+            return
+
+        def too_old(scored: Scored) -> bool:
+            turns = scored.episode.sampled_turns()
+            return not all(may_use(span.version) for turn in turns for span in turn.spans)
+
+        left = parts.buffer.renew(too_old)
+        reason = f"sampled under a wider bound than max_lag = {gate.config.max_lag}, before the resume"
+        if left:
+            parts.journal.write_now(*(
+                DispositionRecord(each.episode.id, each.episode.group_id, Disposition.DROPPED, reason=reason)
+                for each in left
+            ))  # fmt: skip
 
     def _sinks(self, stack: AsyncExitStack, batch: int) -> list[MetricSink]:
         config = self._config

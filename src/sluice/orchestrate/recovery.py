@@ -34,9 +34,10 @@ def logged_episodes(folder: Path, first_group: int) -> dict[str, Recovered]:
 
 
 def alive_requests(folder: Path, buffer: Mapping[str, Any]) -> dict[str, GroupRequest]:
-    """The groups alive in a checkpoint's buffer, by id, as they were dispatched."""
-    ids = {slot["group"] for slot in buffer["slots"]}
-    records = (e.record for e in LogReader(folder).read(kinds=(Kind.GROUP,), from_ordinal=first_alive(buffer)))
+    """The groups alive in a checkpoint's buffer and those it asks for again, by id, as they were dispatched."""
+    ids = {slot["group"] for slot in buffer["slots"]} | set(buffer.get("again", []))
+    start = 0 if buffer.get("again") else first_alive(buffer)
+    records = (e.record for e in LogReader(folder).read(kinds=(Kind.GROUP,), from_ordinal=start))
     return {r.request.id: r.request for r in records if isinstance(r, GroupRecord) and r.request.id in ids}
 
 

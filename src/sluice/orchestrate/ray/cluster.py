@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from sluice.config.placement import PlacementConfig
 from sluice.errors import ConfigError
+
+CONNECT_SECONDS = 10.0
 
 
 @contextmanager
@@ -38,9 +41,10 @@ def cluster(config: PlacementConfig, *, cpus: int) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS", "")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "sluice"}
     if address:
+        _refuse_if_nobody_listens(address)
         options["address"] = address
     else:
-        options |= {"num_cpus": cpus, "include_dashboard": False}
+        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -53,6 +57,20 @@ def cluster(config: PlacementConfig, *, cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_if_nobody_listens(address: str) -> None:
+    """ConfigError; Ray itself tries for minutes, and then ends the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # `auto`
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster at {address}: {error}",
+            hint="start one with `ray start --head`, or leave placement.address empty: a local one is then started",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,192 @@
+"""The same run on a Ray cluster: real Ray, its own or one that is there already."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+from tests.tiny import tiny
+
+from sluice.config import RunConfig
+from sluice.errors import ConfigError, TrainError
+from sluice.log import ACCOUNTED, EpisodeRecord, Kind, LogReader, account
+from sluice.obs.metrics import read_metrics
+from sluice.obs.view import NullView
+from sluice.orchestrate import api
+from sluice.orchestrate.ray.cluster import Part, Room, cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def recipe(folder: Path, runtime: str, **changes: Any) -> RunConfig:
+    base: dict[str, Any] = {
+        "placement": {"runtime": runtime},
+        "rollout": {"embedded": {"servers": 2}},
+        "train": {"ranks": 2, "rank_seconds": 120},
+        "steps": 3,
+    }
+    return tiny(folder, **{**base, **changes})
+
+
+def logged(config: RunConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for entry in LogReader(config.folder / "log").read(kinds=(Kind.EPISODE,), from_ordinal=0):
+        assert isinstance(entry.record, EpisodeRecord)
+        episode = entry.record.episode
+        found[episode.id] = [(turn.ids.tolist(), turn.spans) for turn in episode.sampled_turns()]
+    return found
+
+
+def ours() -> list[str]:
+    """Processes of Ray, of servers and of ranks below this one."""
+    words = ("raylet", "gcs_server", "ray::", "embedded.server", "ranks.program", "smg")
+    found: list[str] = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            line = " ".join(child.cmdline()) or child.name()
+            if child.status() != psutil.STATUS_ZOMBIE and any(word in line for word in words):
+                found.append(line)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def test_a_run_on_ray_is_the_run_in_one_process(tmp_path: Path) -> None:
+    """Two ranks and two servers as actors, and as children: logged tokens identical, metrics within 1e-6."""
+    runs = {name: recipe(tmp_path / name, name) for name in ("inline", "ray")}
+    for config in runs.values():
+        api.train(config, view=NullView())
+    episodes = {name: logged(config) for name, config in runs.items()}
+    assert episodes["ray"] == episodes["inline"]
+    assert len(episodes["ray"]) >= 3 * 4 * 4
+    rows = {name: read_metrics(config.folder / "metrics.jsonl") for name, config in runs.items()}
+    assert len(rows["ray"]) == len(rows["inline"]) == 3
+    for there, here in zip(rows["ray"], rows["inline"], strict=True):
+        assert there.keys() == here.keys()
+        for name in here:
+            if not name.startswith(("time/", "speed/")):
+                np.testing.assert_allclose(there[name], here[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    fate = account(LogReader(runs["ray"].folder / "log").read(kinds=ACCOUNTED))
+    assert fate.complete
+    assert ours() == []
+
+
+def test_a_run_goes_on_elsewhere(tmp_path: Path) -> None:
+    """Inline with one rank, then Ray with two and lag 2, then inline again: nothing lost, nothing trained twice."""
+    source = tmp_path / "run"
+    api.train(
+        recipe(source, "inline", steps=2, train={"ranks": 1}, rollout={"embedded": {"servers": 0}}), view=NullView()
+    )
+    api.train(recipe(source, "ray", steps=4, data={"gate": {"max_lag": 2}}), view=NullView(), resume=True)
+    last = recipe(source, "inline", steps=6, train={"ranks": 1})
+    api.train(last, view=NullView(), resume=True)
+    assert [row["step"] for row in read_metrics(last.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    fate = account(LogReader(last.folder / "log").read(kinds=ACCOUNTED))
+    assert (fate.decided_twice, fate.logged_twice, fate.unlogged) == ((), (), ())
+    assert ours() == []
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[str]:
+    """A cluster that somebody else started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=4",
+               "--include-dashboard=false", "--node-ip-address=127.0.0.1", "--block"]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as head:
+        try:
+            address = f"127.0.0.1:{port}"
+            for _ in range(120):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                try:
+                    head.wait(0.5)
+                    pytest.fail("ray start ended")
+                except subprocess.TimeoutExpired:
+                    continue
+            yield address
+        finally:
+            tree = psutil.Process(head.pid).children(recursive=True)
+            os.killpg(head.pid, signal.SIGTERM)
+            psutil.wait_procs(tree, timeout=20)
+            for process in tree:
+                if process.is_running():
+                    process.kill()
+
+
+def test_a_cluster_that_runs_is_left_as_it_was(tmp_path: Path, running: str) -> None:
+    config = recipe(tmp_path, "ray", steps=2)
+    config = config.model_copy(update={"placement": config.placement.model_copy(update={"address": running})})
+    api.train(config, view=NullView())
+    assert len(logged(config)) >= 2 * 4 * 4
+    ray.init(address=running, log_to_driver=False)
+    try:
+        assert ray.cluster_resources()["CPU"] == 4
+        assert ray.available_resources()["CPU"] == 4
+    finally:
+        ray.shutdown()
+
+
+def test_what_a_cluster_does_not_have(tmp_path: Path, running: str) -> None:
+    """Fewer cores than asked for, cores that somebody else holds, no cluster: said before anything is built."""
+    place = {"runtime": "ray", "address": running, "ready_seconds": 3}
+    with pytest.raises(ConfigError, match="asks for 9 CPU cores; the Ray cluster has 4"):
+        api.train(recipe(tmp_path / "a", "ray", placement=place, train={"ranks": 7}), view=NullView())
+    with cluster(recipe(tmp_path / "b", "ray", placement=place).placement, cpus=1):
+        room = Room([Part(2)], seconds=30)
+        with pytest.raises(ConfigError, match="had no room within 1 s for 3 parts"):
+            Room([Part(1)] * 3, seconds=1)
+        room.close()
+    nobody = {"runtime": "ray", "address": "127.0.0.1:1"}
+    with pytest.raises(ConfigError, match=r"no Ray cluster at 127\.0\.0\.1:1"):
+        api.train(recipe(tmp_path / "c", "ray", placement=nobody), view=NullView())
+
+
+KILL = '''
+def loss_killer(prompt, answer):
+    """A reward that ends an actor's process on its way, once."""
+    import os, pathlib, psutil, signal
+    done = pathlib.Path({done!r})
+    if not done.exists():
+        done.touch()
+        for process in psutil.process_iter(["cmdline", "name"]):
+            line = " ".join(process.info["cmdline"] or []) or process.info["name"]
+            if {word!r} in line and process.pid != os.getpid():
+                os.kill(process.pid, signal.SIGKILL)
+                break
+    return float(len(answer) % 2)
+'''
+
+
+@pytest.mark.parametrize("word", ["ray::ServerShell", "ray::RankShell"])
+def test_an_actor_that_is_killed(tmp_path: Path, word: str) -> None:
+    """A server comes back and the run ends as ever; a rank ends the run, which names it and goes on from its log."""
+    (tmp_path / "kill.py").write_text(KILL.format(done=str(tmp_path / "done"), word=word))
+    reward = {"type": "python", "path": f"{tmp_path / 'kill.py'}:loss_killer"}
+    config = recipe(tmp_path, "ray", rewards=[reward], steps=4, checkpoint={"every": 1})
+    if word == "ray::RankShell":
+        with pytest.raises(TrainError, match=r"rank [01] of the trainer: was lost"):
+            api.train(config, view=NullView())
+        api.train(config, view=NullView(), resume=True)
+    else:
+        api.train(config, view=NullView())
+    rows = read_metrics(config.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    if word == "ray::ServerShell":
+        assert rows[-1]["engine/restarts"] >= 1
+    assert account(LogReader(config.folder / "log").read(kinds=ACCOUNTED)).complete
+    assert ours() == []
