@@ -53,13 +53,20 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Compare every file with the manifest. Raises CheckpointError naming the first that differs."""
-        manifest = json.loads((self.folder / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text())
+            written, files = manifest["format"], manifest["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{self.folder} has checkpoint format {manifest['format']}, this Sluice reads {FORMAT}",
+                f"{self.folder} has no manifest that can be read: {error}",
+                hint=f"remove {self.folder} to resume from the checkpoint before it",
+            ) from error
+        if written != FORMAT:
+            raise CheckpointError(
+                f"{self.folder} has checkpoint format {written}, this Sluice reads {FORMAT}",
                 hint="resume with the version of Sluice that wrote it",
             )
-        for name, expected in manifest["files"].items():
+        for name, expected in files.items():
             file = self.folder / name
             if not file.exists():
                 raise CheckpointError(f"{self.folder} lacks {name}", hint="resume from an older checkpoint")

@@ -1,4 +1,4 @@
-"""Commands that read: a run's log, a recipe, the schema of recipes."""
+"""Commands that read: a run's log and checkpoints, a recipe, the schema of recipes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sluice.cli.app import Json, Overrides, Recipe, app, config_app, load
+from sluice.errors import ConfigError
 
 
 @app.command()
@@ -62,6 +63,32 @@ def report(
     from sluice.orchestrate.reporting import write_report
 
     typer.echo(write_report(runs, out, wanted))
+
+
+@app.command()
+def export(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="Folder of a run, its name under runs/, or a model folder.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where the model goes.")],
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, help="The checkpoint of this step. Default: the newest.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Of the weights: bfloat16, float16 or float32. Default: the checkpoint's."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that is there.")] = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder that transformers, SGLang and vLLM load. Prints its path."""
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise ConfigError(f"--dtype {dtype} is none of bfloat16, float16 and float32")
+    from sluice.orchestrate.exporting import export as write
+
+    done = write(run, out, step=step, dtype=dtype, overwrite=overwrite)
+    origin = "model folder" if done.step is None else f"checkpoint of step {done.step}"
+    typer.echo(f"{origin}: {done.weights_bytes / 1e6:,.1f} MB of weights", err=True)
+    typer.echo(done.folder)
 
 
 @config_app.command()

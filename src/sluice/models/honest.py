@@ -30,7 +30,7 @@ def check_shapes(path: Path, config: PretrainedConfig) -> None:
     Raises:
         TrainError: a tensor has another shape, or embedding and head are tied in the config but not in the files.
     """
-    files = _files(path)
+    files = weight_files(path)
     if not files:
         return  # transformers tells which names it looks for
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -86,8 +86,12 @@ def _belongs_to(name: str, layers: range) -> bool:
     return name.endswith("inv_freq") or (found is not None and int(found[1]) in layers)
 
 
-def _files(path: Path) -> dict[str, Path]:
-    """Which file of the folder holds each tensor, as transformers would read them."""
+def weight_files(path: Path) -> dict[str, Path]:
+    """Which file of the folder holds each tensor, as transformers would read them; empty when there is none.
+
+    Raises:
+        TrainError: the index or a header is damaged.
+    """
     try:
         if (path / _INDEX).is_file():
             index: dict[str, str] = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
