@@ -53,6 +53,8 @@ def ranks(size: int, model: Path, folder: Path, settings: TrainConfig) -> Iterat
         )
         yield trainer
     finally:
+        if trainer is not None:
+            trainer.close()
         crew.close()
     assert not any(psutil.pid_exists(pid) for pid in crew.pids)
     assert list((folder / "scratch").iterdir()) == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from train_cases import scratch
+from tests.unit.train_cases import scratch
 
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _GROUPED: dict[str, Any] = {

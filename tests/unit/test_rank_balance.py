@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -38,6 +40,23 @@ def test_no_pass_is_heavier_than_graham_allows(sizes: list[int], ranks: int) -> 
 def test_worked_by_hand() -> None:
     """9 7 6 5 4 2 over two ranks of 20: 9, 7 | 6 to the 7, 5 to the 9, then 14 and 13: 4 to the 13, 2 to the 14."""
     assert spread([4, 9, 2, 7, 6, 5], 2, 20) == [[[1, 2, 5]], [[0, 3, 4]]]
+
+
+@given(lengths, st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_one_sample_a_pass(sizes: list[int], ranks: int) -> None:
+    """For a model that cannot have more: as few passes as can be, and those that meet are of similar lengths."""
+    shares = spread(sizes, ranks, 64, alone=True)
+    assert {len(share) for share in shares} == {max(1, -(-len(sizes) // ranks))}
+    assert sorted(index for share in shares for members in share for index in members) == list(range(len(sizes)))
+    assert all(len(members) <= 1 for share in shares for members in share)
+    rounds = [[sizes[index] for share in shares for index in share[number]] for number in range(len(shares[0]))]
+    assert all(min(one) >= max(next_) for one, next_ in pairwise(rounds) if next_)
+
+
+def test_one_sample_a_pass_by_hand() -> None:
+    """9 and 7 meet; the 5 goes to the rank that had the 7."""
+    assert spread([5, 9, 7], 2, 64, alone=True) == [[[1], []], [[2], [0]]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,14 +57,13 @@ class Trainers:
         home = self.folder.absolute() / "ranks" / name
         shutil.rmtree(home / "scratch", ignore_errors=True)  # of a controller that was killed
         threads = self.threads or max(1, (os.cpu_count() or 1) // config.ranks)
-        crew = self._crew(config.ranks, home, threads)
-        try:
-            yield RankedTrainer(
+        with closing(self._crew(config.ranks, home, threads)) as crew:
+            trainer = RankedTrainer(
                 crew, config, model, total_steps=total_steps, seed=seed, devices=places, scratch=home / "scratch",
                 frozen=frozen, threads=threads,
             )  # fmt: skip
-        finally:
-            crew.close()
+            with closing(trainer):
+                yield trainer
 
     @property
     def _alone(self) -> bool:
@@ -75,4 +74,7 @@ class Trainers:
         return devices.several(self.device, ranks)
 
     def _crew(self, ranks: int, home: Path, threads: int) -> Crew:
-        return ProcessCrew(ranks, home, [{"OMP_NUM_THREADS": str(threads)}] * ranks)
+        environment = {"OMP_NUM_THREADS": str(threads)}
+        if "GLOO_SOCKET_IFNAME" not in os.environ:  # else gloo asks for the host's name, which not every host knows
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        return ProcessCrew(ranks, home, [environment] * ranks)

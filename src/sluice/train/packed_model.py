@@ -15,7 +15,7 @@ from sluice.models.heads import backbone, output_head
 from sluice.train.attention import PACKED_ATTENTION, PackLayout, layout
 from sluice.train.logprob import TokenScores, token_scores
 from sluice.train.routing import RoutingReplay
-from sluice.train.sharding import Whole
+from sluice.train.sharding import Whole, rest
 from sluice.types import MicroBatch
 
 _PROBE_TOLERANCE = 2e-4
@@ -137,6 +137,17 @@ class PackedModel:
         self._agreed: list[Tensor] = []
         self._backbone = backbone(model)
         self._chunk = chunk
+
+    @property
+    def alone(self) -> bool:
+        """Whether the layers run one sample at a time: then ranks that meet in them must have as many samples each."""
+        config: Any = self._backbone.config
+        return config._attn_implementation != PACKED_ATTENTION
+
+    def rest(self) -> None:
+        """After passes without gradient of a sharded model: see `sharding.rest`."""
+        if self._whole is not None:
+            rest(self._whole)
 
     def scores(self, pack: Pack) -> TokenScores:
         """Log-prob and entropy of the tokens in `pack.index`, shape `[scored]`; with gradient if enabled."""

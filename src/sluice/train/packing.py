@@ -35,7 +35,7 @@ def assign(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(members) for members in bins]
 
 
-def spread(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
+def spread(lengths: Sequence[int], ranks: int, budget: int, *, alone: bool = False) -> list[list[list[int]]]:
     """Share samples out so that every rank makes as many passes as any other, of about as many tokens each.
 
     Longest first, each into the pass with the fewest tokens (Graham's LPT rule: at most 4/3 of the optimum when no
@@ -45,15 +45,20 @@ def spread(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[in
         lengths: tokens of each sample, at most `budget` each.
         ranks: who shares.
         budget: tokens of one pass.
+        alone: a pass holds one sample at most. The k longest then meet in the first pass, the longest at the rank
+            with the fewest tokens so far, and so on.
 
     Returns:
         By rank, then by pass, indices into `lengths` in their given order. Passes may be empty.
     """
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    if alone:
+        return _one_each(lengths, longest_first, ranks)
     passes = max(1, -(-sum(lengths) // (budget * ranks)))
     while True:
         bins: list[list[int]] = [[] for _ in range(ranks * passes)]
         loads = [0] * len(bins)
-        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        for index in longest_first:
             at = min(range(len(bins)), key=loads.__getitem__)
             if loads[at] + lengths[index] > budget:
                 break
@@ -62,6 +67,15 @@ def spread(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[in
         else:
             return [[sorted(bins[rank + ranks * number]) for number in range(passes)] for rank in range(ranks)]
         passes += 1
+
+
+def _one_each(lengths: Sequence[int], longest_first: Sequence[int], ranks: int) -> list[list[list[int]]]:
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
+    for start in range(0, len(lengths), ranks):
+        emptiest = sorted(shares, key=lambda share: sum(lengths[index] for members in share for index in members))
+        for number, share in enumerate(emptiest):
+            share.append(list(longest_first[start + number : start + number + 1]))
+    return shares if lengths else [[[]] for _ in range(ranks)]
 
 
 def pack(
@@ -108,12 +122,12 @@ def make_batch(
     return TrainBatch(pack(samples, budget=budget, scales=loss_scales(samples, normaliser, constant=constant)))
 
 
-def split_over(batch: TrainBatch, ranks: int, budget: int) -> list[tuple[MicroBatch, ...]]:
+def split_over(batch: TrainBatch, ranks: int, budget: int, *, alone: bool = False) -> list[tuple[MicroBatch, ...]]:
     """The batch's samples packed anew for each rank, with the loss factors they have; see `spread`."""
     samples, scales = list(batch.samples), list[NDArray[np.float64]]()
     for micro in batch.micro_batches:
         scales += np.split(micro.scales, micro.cu_seqlens[1:-1])
-    shares = spread([len(sample) for sample in samples], ranks, budget)
+    shares = spread([len(sample) for sample in samples], ranks, budget, alone=alone)
     return [
         tuple(
             MicroBatch(

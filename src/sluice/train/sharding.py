@@ -55,6 +55,9 @@ class Shards:
     def wrap(self, model: PreTrainedModel) -> Whole:
         """Shard `model` in place, a decoder layer at a time; what is left is gathered for the whole pass.
 
+        The model may lie on the CPU: each part is moved to this rank's device as it is sharded, so that the device
+        never holds the whole.
+
         Raises:
             TrainError: the model has no layers that can be sharded one by one.
         """
@@ -75,6 +78,16 @@ class Shards:
             assert isinstance(sharded, FSDPModule)
             _add_up(sharded)
         return whole
+
+
+def rest(whole: Whole) -> None:
+    """Let go of what the root keeps gathered from a forward pass on to its backward pass.
+
+    After a pass without gradient there is no such end: the memory would stay taken, and what is loaded into the
+    model would go to the gathered copy and be lost.
+    """
+    assert isinstance(whole, FSDPModule)
+    whole.reshard()
 
 
 def _add_up(module: FSDPModule) -> None:

@@ -56,6 +56,7 @@ class FrozenPolicies:
         if config.dtype != "float32":
             model = load_model(folder, dtype=config.dtype, attn_implementation=attention)
         model.requires_grad_(False)
-        model = to_device(model, self._device)
         whole = self._shards.wrap(model) if self._shards else None
+        if whole is None:
+            model = to_device(model, self._device)
         return PackedModel(model, chunk=config.logprob_chunk, whole=whole)

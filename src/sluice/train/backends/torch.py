@@ -78,7 +78,7 @@ class TorchTrainer:
             model.set_attn_implementation(self._attention)
         else:
             model = load_model(model_folder, dtype=config.dtype, attn_implementation=self._attention)
-        self.model = to_device(model, self._device)
+        self.model = model if shards else to_device(model, self._device)
         replay = RoutingReplay(model) if config.routing_replay else None
         if config.activation_checkpointing:
             checkpoint_activations(model, replay)
@@ -113,8 +113,7 @@ class TorchTrainer:
             )
         filled = list(samples)
         for name in sorted(streams):
-            model = self._packed if name == "proximal" else self._frozen.model(name)
-            for index, values in enumerate(self._logprobs(model, samples)):
+            for index, values in enumerate(self._logprobs(self.packed(name), samples)):
                 filled[index] = filled[index].with_streams(**{name: values})
         return filled
 
@@ -135,7 +134,11 @@ class TorchTrainer:
 
         With shards a call of all ranks; a rank may have no samples.
         """
-        return self._values(self._packed if stream == "proximal" else self._frozen.model(stream), samples)
+        return self._values(self.packed(stream), samples)
+
+    def packed(self, stream: str) -> PackedModel:
+        """The model that fills `stream`, which is loaded when it is first asked for."""
+        return self._packed if stream == "proximal" else self._frozen.model(stream)
 
     def _values(self, model: PackedModel, samples: Sequence[TrainSample]) -> np.ndarray:
         micro = MicroBatch(tuple(samples), np.zeros(sum(len(sample) for sample in samples)))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -206,7 +206,11 @@ def _pickled(method: str, arguments: tuple[Any, ...]) -> bytes:
 
 def _receive(child: _Child) -> Any:
     try:
-        return pickle.loads(child.connection.recv_bytes())
+        answer = pickle.loads(child.connection.recv_bytes())
+        if isinstance(answer, Failure) and not answer.hint:
+            hint = f"its output is in {child.log}; all ranks were ended: mend that and go on with --resume"
+            return replace(answer, hint=hint)
+        return answer
     except (EOFError, OSError):
         child.process.wait(timeout=GRACE_SECONDS)
         return Failure(time.time(), child.died(), "", ProcessLookupError, "")

@@ -60,17 +60,23 @@ class RankedTrainer:
         self._streams = {"proximal", "reference", *(frozen or {})}
         scratch.mkdir(parents=True, exist_ok=True)
         self._scratch = scratch.absolute()
-        with tempfile.TemporaryDirectory(prefix="meeting-", dir=self._scratch) as meeting:
-            where = crew.meeting(Path(meeting))
-            there = {name: path.absolute() for name, path in (frozen or {}).items()}
-            specs = [
-                RankSpec(
-                    rank, crew.size, where, config, model_folder.absolute(), total_steps, seed,
-                    device, there, loaded_files(), threads,
-                )
-                for rank, device in enumerate(devices)
-            ]  # fmt: skip
+        self._alone: dict[str, bool] = {}
+        # It stays as long as the ranks do: NCCL meets there at the first collective call, and looks in later on.
+        self._meeting = tempfile.TemporaryDirectory(prefix="meeting-", dir=self._scratch)
+        where = crew.meeting(Path(self._meeting.name))
+        there = {name: path.absolute() for name, path in (frozen or {}).items()}
+        specs = [
+            RankSpec(
+                rank, crew.size, where, config, model_folder.absolute(), total_steps, seed, device, there,
+                loaded_files(), threads,
+            )
+            for rank, device in enumerate(devices)
+        ]  # fmt: skip
+        try:
             self._call("begin", [(spec,) for spec in specs])
+        except BaseException:
+            self.close()
+            raise
 
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         return self._crew.call(method, arguments, seconds=self._config.rank_seconds)
@@ -81,6 +87,13 @@ class RankedTrainer:
     def close(self) -> None:
         """End the ranks. Harmless when repeated."""
         self._crew.close()
+        self._meeting.cleanup()
+
+    def _runs_alone(self, stream: str) -> bool:
+        """Whether a pass for `stream` holds one sample; every rank says the same."""
+        if stream not in self._alone:
+            self._alone[stream] = bool(self._all("alone", stream)[0])
+        return self._alone[stream]
 
     # ── scoring and training ────────────────────────────────────────────────────────────────────────────
 
@@ -96,8 +109,9 @@ class RankedTrainer:
             return list(samples)
         budget = self._config.micro_batch_tokens
         check_fit(samples, budget)
-        shares = spread([len(sample) for sample in samples], self._crew.size, budget)
         names = sorted(streams)
+        alone = any(self._runs_alone(name) for name in names)
+        shares = spread([len(sample) for sample in samples], self._crew.size, budget, alone=alone)
         passes = [[[samples[index] for index in members] for members in share] for share in shares]
         found: list[dict[str, list[np.ndarray]]] = self._call("score", [(names, mine) for mine in passes])
         filled = list(samples)
@@ -136,7 +150,8 @@ class RankedTrainer:
 
     def _shared(self, batch: TrainBatch) -> tuple[list[Any], TrainBatch]:
         """The batch's micro-batches by rank, and the batch that they make together."""
-        shares = split_over(batch, self._crew.size, self._config.micro_batch_tokens)
+        alone = self._runs_alone("proximal")
+        shares = split_over(batch, self._crew.size, self._config.micro_batch_tokens, alone=alone)
         return shares, TrainBatch(tuple(micro for share in shares for micro in share if micro.samples))
 
     # ── weights and state ───────────────────────────────────────────────────────────────────────────────

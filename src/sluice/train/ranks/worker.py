@@ -94,7 +94,14 @@ class RankWorker:
 
     def score(self, streams: Sequence[str], passes: Sequence[Sequence[TrainSample]]) -> dict[str, list[np.ndarray]]:
         """Log-probs by stream and pass, `[tokens of the pass]`."""
-        return {stream: [self._trainer.score_pass(stream, samples) for samples in passes] for stream in streams}
+        found = {stream: [self._trainer.score_pass(stream, samples) for samples in passes] for stream in streams}
+        for stream in streams:
+            self._trainer.packed(stream).rest()
+        return found
+
+    def alone(self, stream: str) -> bool:
+        """Whether a pass of the model that fills `stream` holds one sample."""
+        return self._trainer.packed(stream).alone
 
     def step(self, micros: Sequence[MicroBatch], loss: Loss, streams: frozenset[str]) -> StepPart:
         """Forward and backward of every pass, clip, update. Nothing is updated when the gradient is not finite."""
