@@ -38,6 +38,9 @@ class ModelConfig(Part):
     """Folder with `config.json`, safetensors and tokenizer files."""
     scratch: ScratchConfig | None = None
     """Make a small random model instead."""
+    chat_template: Path | None = None
+    """A Jinja file that replaces the chat template of `path`'s tokenizer, for training, gateway, checkpoints and
+    export alike. Read when the run begins, and kept in its `model-init`."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Extra arguments of the chat template, such as `enable_thinking`."""
 
@@ -45,4 +48,9 @@ class ModelConfig(Part):
     def _exactly_one(self) -> Self:
         if (self.path is None) == (self.scratch is None):
             raise ValueError("set exactly one of model.path and model.scratch")
+        if self.scratch is not None and self.chat_template is not None:
+            raise ValueError(
+                "model.chat_template replaces the template of model.path; one made from scratch has "
+                "model.scratch.tokenizer.chat_template"
+            )
         return self

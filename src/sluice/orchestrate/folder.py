@@ -13,7 +13,7 @@ runs/NAME/
     tensorboard/        event files
     wandb/              W&B's files, and wandb.json with the run's id (`obs.wandb`)
     prometheus.json     the address of the metrics while the run lasts (`obs.prometheus`)
-    model-init/         the model before anything was trained, when made from scratch
+    model-init/         the model before anything was trained, when made from scratch or given a chat template
     model-sft/          after the warm start, when there is one
 """
 

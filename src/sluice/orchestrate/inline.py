@@ -21,6 +21,7 @@ from sluice.errors import ConfigError, LogError
 from sluice.log.records import Disposition, DispositionRecord, FaultRecord, ResumeRecord, RunRecord
 from sluice.log.writer import LogWriter
 from sluice.models.build import load_tokenizer
+from sluice.models.chat_template import load_templated
 from sluice.obs.metrics import MetricSink
 from sluice.obs.sinks import open_sinks
 from sluice.obs.summary import Summary
@@ -316,13 +317,14 @@ def make_evaluator(
 
 async def evaluate_model(config: RunConfig, model: Path | None, tell: Callable[[str], None]) -> EvalResult:
     """Measure a model folder, or the newest checkpoint of the run, on the held-out prompts."""
+    template = config.model.chat_template if model is not None else None  # a checkpoint has its own
     if model is None:
         checkpoint = CheckpointStore(config.folder / "checkpoints", keep=1).latest()
         if checkpoint is None:
             raise ConfigError(f"{config.folder} has no checkpoint", hint="name a model: --model FOLDER")
         model = checkpoint.model
     data = load_data(config.data, seed=config.seed)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_templated(model, template)
     engine = embedded_engine(
         config.rollout.embedded, model, tokenizer, device=device.resolve(config.device), version=Version(0)
     )

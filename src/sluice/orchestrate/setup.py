@@ -15,8 +15,9 @@ from sluice.config.run import RunConfig
 from sluice.data.mix import MixStrategy
 from sluice.data.sources import load_prompts, mix, split
 from sluice.data.strategy import CurriculumStrategy, GroupStrategy, Strategy
-from sluice.errors import DataError
+from sluice.errors import ConfigError, DataError
 from sluice.models.build import load_model, make_scratch, read_config
+from sluice.models.chat_template import TEMPLATE_FILE, put_chat_template, read_chat_template
 from sluice.plugins import check_protocol, load_object
 from sluice.rollout.engines.base import Engine
 from sluice.rollout.engines.embedded import EmbeddedEngine
@@ -108,16 +109,31 @@ def make_strategy(config: DataConfig, data: Data, *, seed: int) -> Strategy:
 
 
 def initial_model(config: RunConfig, folder: Path) -> Path:
-    """The model a run starts from: the configured folder, or one made from scratch inside the run folder."""
-    if config.model.path is not None:
-        return config.model.path
-    assert config.model.scratch is not None  # held by ModelConfig
-    made = folder / "model-init"
+    """The model a run starts from: the configured folder, or one made inside the run folder.
+
+    Made are a model from scratch, and a view of the configured folder that has `model.chat_template`.
+
+    Raises:
+        ConfigError: the template is none, or not the one that this run began with.
+    """
+    source, made = config.model.path, folder / "model-init"
+    if source is not None and config.model.chat_template is None:
+        return source
+    text = read_chat_template(config.model.chat_template) if config.model.chat_template is not None else None
     if not made.exists():
         torn = folder / ".model-init.tmp"
         shutil.rmtree(torn, ignore_errors=True)
-        make_scratch(config.model.scratch, torn, seed=config.seed)
+        if config.model.scratch is not None:
+            make_scratch(config.model.scratch, torn, seed=config.seed)
+        elif source is not None and text is not None:
+            torn.mkdir(parents=True)
+            put_chat_template(source, torn, text)
         torn.rename(made)  # a kill in between leaves nothing that looks like a model
+    elif text is not None and text != (made / TEMPLATE_FILE).read_text(encoding="utf-8"):
+        raise ConfigError(
+            f"{config.model.chat_template} is not the template that this run began with, {made / TEMPLATE_FILE}",
+            hint="restore the file to resume, or start a new run under another name",
+        )
     return made
 
 
