@@ -23,7 +23,7 @@ from typing import Any
 
 import xxhash
 
-from sluice.errors import CheckpointError
+from sluice.errors import CheckpointError, SluiceError
 
 FORMAT = 1
 
@@ -94,7 +94,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: it cannot be written, for example because the disk is full. The earlier
-                checkpoints and the log are untouched.
+                checkpoints and the log are untouched, also when a function raises an error of its own.
         """
         final = self._folder / f"step-{step:06d}"
         torn = self._folder / f".{final.name}.tmp"
@@ -119,6 +119,8 @@ class CheckpointStore:
             _flush(self._folder)
         except Exception as error:
             shutil.rmtree(torn, ignore_errors=True)
+            if isinstance(error, SluiceError):  # of who was to write: it is no matter of this folder
+                raise
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {final}: {error}",
                 hint="free space and resume; earlier checkpoints and every finished episode are safe",

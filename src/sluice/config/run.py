@@ -66,6 +66,8 @@ class LimitsConfig(Part):
     """Mean |engine log-prob - trainer log-prob| of a batch at lag 0, in nats, beyond which the run stops."""
     max_infra_failures: float = Field(default=0.5, gt=0, le=1)
     """Share of infra failures among a step's episodes beyond which the run stops."""
+    restarts: int = Field(default=2, ge=0)
+    """How often a run that lost a trainer rank goes on by itself, from its last checkpoint and its log."""
     stall_seconds: float = Field(default=1_800.0, gt=0)
     """Stop when no episode has finished for this long."""
 

@@ -14,7 +14,7 @@ from sluice import device
 from sluice.config.rollout import EmbeddedConfig, SamplingConfig
 from sluice.config.run import RunConfig
 from sluice.config.sft import PhaseConfig
-from sluice.errors import ConfigError
+from sluice.errors import ConfigError, RanksLost
 from sluice.models.build import load_tokenizer
 from sluice.models.offline import go_offline
 from sluice.obs.summary import Summary
@@ -54,8 +54,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, v
     folder = open_folder(config, resume=resume, overwrite=overwrite)
     shown = view or make_view(config.obs.live)
     try:
-        with place(config, folder, device.resolve(config.device), shown.log) as placement:
-            summary = run_to_end(InlineRun(config, folder, shown, resume=resume, placement=placement).run())
+        summary = _run(config, folder, shown, resume=resume)
     except Exception:
         if config.obs.report:
             report_run(folder, shown.log)
@@ -63,6 +62,21 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, v
     if config.obs.report:
         report_run(folder, shown.log)
     return summary
+
+
+def _run(config: RunConfig, folder: Path, shown: View, *, resume: bool) -> Summary:
+    """Run to the end. A run that lost a rank goes on from its last checkpoint, `limits.restarts` times."""
+    chosen = device.resolve(config.device)
+    for left in range(config.limits.restarts, -1, -1):
+        try:
+            with place(config, folder, chosen, shown.log) as placement:
+                return run_to_end(InlineRun(config, folder, shown, resume=resume, placement=placement).run())
+        except RanksLost as error:
+            if not left:
+                raise
+            shown.log(f"{error.args[0]}; going on from the last checkpoint, {left - 1} further tries are left")
+            resume = True
+    raise AssertionError("unreachable")
 
 
 def sft(config: RunConfig, out: Path | None = None) -> Path:

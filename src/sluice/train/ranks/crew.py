@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from sluice.errors import SluiceError, TrainError
+from sluice.errors import RanksLost, SluiceError, TrainError
 
 GRACE_SECONDS = 5.0
 """After a first failure is known: how long others may still tell theirs, which may have come before it."""
@@ -173,6 +173,8 @@ def first_failure(failures: dict[int, Failure], method: str, missing: Sequence[i
         )
     rank, first = min(failures.items(), key=lambda item: (item[1].kind is not ProcessLookupError, item[1].at))
     kind = first.kind if issubclass(first.kind, SluiceError) else TrainError
+    if first.kind is ProcessLookupError:
+        kind = RanksLost
     error = kind(
         f"rank {rank} of the trainer: {first.text}",
         hint=first.hint or "all ranks were ended; mend that and go on with --resume: finished episodes are in the log",
