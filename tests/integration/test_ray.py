@@ -106,8 +106,9 @@ def running() -> Iterator[str]:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", "--num-cpus=4",
                "--include-dashboard=false", "--node-ip-address=127.0.0.1", "--block"]  # fmt: skip
     with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as head:
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    ) as head:  # fmt: skip
         try:
             address = f"127.0.0.1:{port}"
             asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", f"--address={address}"]

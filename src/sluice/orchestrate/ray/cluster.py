@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import AuthenticationError, GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -49,6 +49,11 @@ def cluster(config: PlacementConfig, *, cpus: int) -> Iterator[None]:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         said = str(error).strip().splitlines()
+        if _wants_token(error):
+            raise ConfigError(
+                f"the Ray cluster at {address} wants a token, and this process shows none",
+                hint="export RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token",
+            ) from error
         raise ConfigError(
             f"no Ray cluster at {address or 'this host'}: {said[0] if said else type(error).__name__}",
             hint="start one with `ray start --head`, or leave placement.address empty: a local one is then started",
@@ -57,6 +62,15 @@ def cluster(config: PlacementConfig, *, cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _wants_token(error: BaseException | None) -> bool:
+    """Whether a failed connection was one without the cluster's token: `ray start` asks for one by default."""
+    while error is not None:
+        if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _refuse_if_nobody_listens(address: str) -> None:
