@@ -154,9 +154,10 @@ def curve(config: RunConfig, out: Path, result: dict[str, Any]) -> list[dict[str
     return points
 
 
-def reached(points: list[dict[str, float]], accuracy: float, axis: str) -> float | None:
-    """Where the curve first reaches `accuracy`, between two snapshots by a straight line; None: never."""
-    before = {axis: 0.0, "accuracy": 0.0}
+def reached(points: list[dict[str, float]], accuracy: float, axis: str, start: float) -> float | None:
+    """Where the curve, which begins at `start`, first reaches `accuracy`, between two snapshots by a straight line;
+    None: never."""
+    before = {axis: 0.0, "accuracy": start}
     for point in points:
         if point["accuracy"] >= accuracy:
             share = (accuracy - before["accuracy"]) / (point["accuracy"] - before["accuracy"])
@@ -192,11 +193,18 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             row[side] = (settings, run_side(side, settings, python, scratch))
         runs.append(row)
     say("held-out accuracy of the snapshots")
-    return {**summary(runs, arguments.accuracy, measuring), "deviations": list(DEVIATIONS)}
+    start_accuracy = float(api.evaluate(measuring, start.folder / "model-sft")["accuracy"])
+    return {**summary(runs, arguments.accuracy, measuring, start_accuracy), "deviations": list(DEVIATIONS)}
 
 
-def summary(runs: list[dict[str, Any]], accuracy: float, measuring: RunConfig) -> dict[str, Any]:
-    """Figures of every run, means over seeds, and how many times faster Sluice is."""
+def summary(runs: list[dict[str, Any]], accuracy: float, measuring: RunConfig, start: float) -> dict[str, Any]:
+    """Figures of every run, means over seeds, and how many times faster Sluice is.
+
+    Args:
+        accuracy: to be reached.
+        measuring: measures a model.
+        start: accuracy of the model before its first update.
+    """
     rows: list[dict[str, Any]] = []
     for run in runs:
         row: dict[str, Any] = {"seed": run["seed"]}
@@ -206,8 +214,8 @@ def summary(runs: list[dict[str, Any]], accuracy: float, measuring: RunConfig) -
             points = curve(measuring, Path(settings.out), result)
             row[side] = {
                 **figures(result, settings),
-                "seconds_to_accuracy": reached(points, accuracy, "seconds"),
-                "cpu_seconds_to_accuracy": reached(points, accuracy, "cpu_seconds"),
+                "seconds_to_accuracy": reached(points, accuracy, "seconds", start),
+                "cpu_seconds_to_accuracy": reached(points, accuracy, "cpu_seconds", start),
                 "curve": points,
                 "first_and_last_rewards": [result["rewards"][0], result["rewards"][-1]],
             }
@@ -225,6 +233,7 @@ def summary(runs: list[dict[str, Any]], accuracy: float, measuring: RunConfig) -
             ratios[name] = round(median(faster), 2)
     return {
         "accuracy": accuracy,
+        "start_accuracy": round(start, 4),
         "times_better_median": ratios,
         "mean": means,
         "final_accuracy": {side: [row[side]["curve"][-1]["accuracy"] for row in rows] for side in ("sluice", "trl")},
@@ -263,7 +272,8 @@ def compare_on_gpu(arguments: argparse.Namespace, scratch: Path) -> dict[str, An
             )  # fmt: skip
             row[side] = (settings, run_side(side, settings, python, scratch))
         runs.append(row)
-    return {**summary(runs, arguments.accuracy, measuring), "deviations": [*DEVIATIONS, *GPU_DEVIATIONS]}
+    begins = float(api.evaluate(measuring, model)["accuracy"])
+    return {**summary(runs, arguments.accuracy, measuring, begins), "deviations": [*DEVIATIONS, *GPU_DEVIATIONS]}
 
 
 def main() -> None:

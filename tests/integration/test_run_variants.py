@@ -130,8 +130,7 @@ def test_a_run_of_every_kind(name: str, tmp_path: Path) -> None:
     assert sum(row["gate/masked_tokens"] for row in rows) == sum(
         record.masked_tokens for records in fate.surviving.values() for record in records
     )
-    alive = config.data.gate.max_lag * config.groups_per_step * 4
-    assert len(fate.undecided) <= alive, "what is still in the buffer when the run ends"
+    assert not fate.undecided, "no group is sampled that no batch is left for"
     if name == "tensorboard":
         assert list((config.folder / "tensorboard").glob("events.*"))
     if name == "two-updates":

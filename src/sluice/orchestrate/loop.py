@@ -156,7 +156,10 @@ class Loop:
         return groups
 
     def _dispatch(self) -> None:
-        requests = [self._parts.buffer.request() for _ in range(self._parts.buffer.want())]
+        """Ask for as many groups as the gate admits and the batches that are left can train."""
+        buffer = self._parts.buffer
+        left = (self._config.steps - self.progress.batch) * self._config.groups_per_step - buffer.alive
+        requests = [buffer.request() for _ in range(min(buffer.want(), left))]
         if requests:
             self._parts.journal.write_now(*(GroupRecord(request) for request in requests))
         for request in requests:
