@@ -12,12 +12,14 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 
 from sluice.config.rollout import SGLangConfig
 from sluice.errors import CapabilityError, ConfigError, EngineError, Unroutable, WeightsError
 from sluice.rollout.engines.base import Finish, GenerateRequest, Generation, PauseMode
 from sluice.rollout.engines.sglang import SGLangEngine
 from sluice.rollout.engines.sglang.handshake import ROUTES
+from sluice.rollout.engines.sglang.lanes import IDLE_SECONDS
 from sluice.types import SamplingParams, Version, VersionSpan
 from sluice.weights.base import Manifest, TensorInfo
 
@@ -284,3 +286,9 @@ def test_a_version_of_another_shape_is_refused_before_the_server_sees_it() -> No
         assert engine.version == Version(2)
 
     run(main())
+
+
+def test_idle_connections_are_given_up_before_a_server_closes_them() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None: ...
+
+    assert uvicorn.Config(app).timeout_keep_alive / 2 >= IDLE_SECONDS
