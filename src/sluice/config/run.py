@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from sluice.config.algos import AlgorithmConfig, GRPOConfig
 from sluice.config.base import Part
+from sluice.config.critic import PPOConfig
 from sluice.config.data import DataConfig, OnStale
 from sluice.config.model import ModelConfig
 from sluice.config.obs import ObsConfig
@@ -172,6 +173,12 @@ class RunConfig(Part):
             )
         if self.warm_start is not None and self.warm_start.train.routing_replay:
             raise ValueError("warm_start.train.routing_replay: demonstrations have no recorded experts; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_no_critic(self) -> Self:
+        if self.train.lora is not None and isinstance(self.algorithm, PPOConfig):
+            raise ValueError("train.lora: PPO's critic is trained whole and has no adapters; leave train.lora out")
         return self
 
     @model_validator(mode="after")

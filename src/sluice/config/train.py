@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sluice.config.base import Part
+from sluice.config.lora import LoraConfig
 from sluice.config.model import DType
 
 
@@ -51,3 +52,20 @@ class TrainConfig(Part):
     routing_replay: bool = False
     """Train tokens through the experts that sampled them, as an SGLang engine recorded them
     (`rollout.sglang.routed_experts`); mixture-of-experts models only."""
+    lora: LoraConfig | None = None
+    """Train adapters only, on one rank and in float32; None trains every parameter."""
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
+        if self.lora is None:
+            return self
+        if self.dtype != "float32":
+            raise ValueError(
+                "train.lora: engines get merged weights, and in bfloat16 an adapter's share would be rounded away; set "
+                "train.dtype = 'float32'"
+            )
+        if self.ranks > 1:
+            raise ValueError("train.lora trains on one rank: set train.ranks = 1")
+        if self.routing_replay:
+            raise ValueError("train.lora with train.routing_replay is not supported; leave one of them out")
+        return self

@@ -8,6 +8,7 @@ is then bit for bit what the trainer computes with. Dropout is off, as it is in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sluice.errors import CheckpointError, TrainError
 from sluice.models.build import load_model, to_device
 from sluice.train.attention import PACKED_ATTENTION
 from sluice.train.backends.frozen import FrozenPolicies
+from sluice.train.backends.lora import Adapters
 from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
 from sluice.train.backends.updating import step_gradients, take_step
@@ -79,6 +81,7 @@ class TorchTrainer:
         else:
             model = load_model(model_folder, dtype=config.dtype, attn_implementation=self._attention)
         self.model = model if shards else to_device(model, self._device)
+        self._adapters = Adapters(model, config.lora) if config.lora else None
         replay = RoutingReplay(model) if config.routing_replay else None
         if config.activation_checkpointing:
             checkpoint_activations(model, replay)
@@ -86,13 +89,15 @@ class TorchTrainer:
             check_replay(PackedModel(model, chunk=config.logprob_chunk, replay=replay), replay)
         whole = shards.wrap(model) if shards else None
         self._packed = PackedModel(model, chunk=config.logprob_chunk, replay=replay, whole=whole)
-        self._frozen = FrozenPolicies({"reference": model_folder, **(frozen or {})}, config, self._device, shards)
-        parameters = dict(model.named_parameters())
+        others = frozen or {} if self._adapters else {"reference": model_folder, **(frozen or {})}
+        self._frozen = FrozenPolicies(others, config, self._device, shards)
+        parameters = self._adapters.parameters if self._adapters else dict(model.named_parameters())
         wide = dict(exact.named_parameters())
         masters = {name: wide[name].detach() for name, p in parameters.items() if p.dtype != torch.float32}
         self.optimizer = MasterOptimizer(
-            config.optimizer, parameters, masters, total_steps=total_steps, rounded=self._rounds
-        )
+            config.optimizer, parameters, masters, total_steps=total_steps,
+            rounded=self._rounds or self._adapters is not None,  # the model's folder holds no adapters
+        )  # fmt: skip
 
     @property
     def _rounds(self) -> bool:
@@ -104,7 +109,7 @@ class TorchTrainer:
     @torch.no_grad()
     def score(self, samples: Sequence[TrainSample], streams: frozenset[str]) -> list[TrainSample]:
         """See `Trainer.score`."""
-        fillable = {"proximal", *self._frozen.streams}
+        fillable = {"proximal", "reference", *self._frozen.streams}
         unknown = sorted(streams - fillable)
         if unknown:
             raise TrainError(
@@ -113,7 +118,10 @@ class TorchTrainer:
             )
         filled = list(samples)
         for name in sorted(streams):
-            for index, values in enumerate(self._logprobs(self.packed(name), samples)):
+            bare = name == "reference" and self._adapters is not None
+            with self._adapters.off() if bare and self._adapters else nullcontext():
+                found = self._logprobs(self._packed if bare else self.packed(name), samples)
+            for index, values in enumerate(found):
                 filled[index] = filled[index].with_streams(**{name: values})
         return filled
 
@@ -213,7 +221,8 @@ class TorchTrainer:
         dtype = getattr(torch, self._config.dtype)
         first: dict[Any, Tensor] = {}
         found: dict[str, Tensor] = {}
-        for name, tensor in self.model.state_dict().items():
+        own = self._adapters.merged() if self._adapters else self.model.state_dict().items()
+        for name, tensor in own:
             key = identity(tensor)
             if key in first:
                 if not once and (not self._shards or self._shards.rank == 0):
@@ -230,11 +239,11 @@ class TorchTrainer:
 
     def save_model(self, folder: Path) -> None:
         """See `Trainer.save_model`. Weights have the dtype the trainer computes in."""
-        if self._shards is None:
+        if self._shards is None and self._adapters is None:
             self.model.save_pretrained(folder)
         else:
             weights = self._whole_weights(once=False)
-            if self._shards.rank:
+            if self._shards and self._shards.rank:
                 return
             self.model.save_pretrained(folder, state_dict=weights)
         copy_tokenizer_files(self._folder, folder)
@@ -253,6 +262,10 @@ class TorchTrainer:
             saved = load_model(model, dtype=self._config.dtype, attn_implementation=PACKED_ATTENTION)
         except TrainError as error:
             raise CheckpointError(str(error), hint="resume from an older checkpoint") from error
+        if self._adapters:
+            self.optimizer.load_state(*read_state(state))
+            self._adapters.check(saved.state_dict(), model)
+            return
         parameters = dict(saved.named_parameters())
         for name, parameter in self.model.named_parameters():
             if name not in parameters or parameters[name].shape != parameter.shape:
