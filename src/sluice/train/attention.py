@@ -4,6 +4,9 @@ A pack is one row of tokens, `[1, tokens]`, in which each sample may attend only
 so has tokens × tokens entries; here samples of similar length are taken together instead, gathered to
 `[samples, heads, longest, head_dim]` with padding on the right, and attended causally. Padding on the right
 is never seen by a causal query, so no mask exists at all: memory and time follow Σ length², not (Σ length)².
+
+What samples begin with in common is in the model's row of tokens only once: its states are laid out for each sample
+here, attended to, and their gradients added up.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -41,25 +45,39 @@ class Bucket:
 
 
 class Moves(NamedTuple):
-    """How tokens of a pack move to the padded slots of its buckets, and back.
+    """How rows of a pack move to the padded slots of its buckets, and back. Without shared rows, a row is a token.
 
     Attributes:
-        gather: token of each slot, int64 `[slots]`; padding repeats the last token of its sample.
-        scatter: slot of each token, int64 `[tokens]`.
-        real: True at slots that hold a token of their own, `[slots, 1]`.
+        gather: row of each slot, int64 `[slots]`; padding repeats the last token of its sample.
+        scatter: slot of each row, int64 `[rows]`.
+        real: True at slots whose output is that of a row, `[slots, 1]`.
+        again: the other slots that hold a token, int64 `[again]`; None where no row is shared.
     """
 
     gather: Tensor
     scatter: Tensor
     real: Tensor
+    again: Tensor | None = None
+
+
+class Sharing(NamedTuple):
+    """Which tokens a model computes for all of them.
+
+    Attributes:
+        tokens: token of each row, int64 `[rows]`.
+        row: row of each token, int64 `[tokens]`.
+    """
+
+    tokens: Tensor
+    row: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackLayout:
     """Where the samples of a pack lie. Handed to the model as the keyword `pack`; built once per pack.
 
-    `moves` is None when all samples are equally long: they already are one bucket without padding. `lengths` are in
-    the order of the samples.
+    `moves` is None when all samples are equally long and share nothing: they already are one bucket without padding.
+    `lengths` are in the order of the samples. `sharing` is None where every token is computed.
     """
 
     lengths: tuple[int, ...]
@@ -67,13 +85,19 @@ class PackLayout:
     buckets: tuple[Bucket, ...]
     moves: Moves | None
     longest: int
+    sharing: Sharing | None = None
 
 
-def layout(lengths: Sequence[int], device: torch.device) -> PackLayout:
+def layout(lengths: Sequence[int], device: torch.device, copies: NDArray[np.int64] | None = None) -> PackLayout:
     """The layout of samples that stand end to end, each of at least one token, in any order.
 
     Samples are taken from long to short; a bucket grows until its padding exceeds both a quarter of its
     tokens and 1,024 tokens.
+
+    Args:
+        lengths: tokens of each sample.
+        device: where the indices go.
+        copies: the token that each token is a copy of, as `first_copies` returns it; None computes all.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     groups: list[list[int]] = []
@@ -87,9 +111,23 @@ def layout(lengths: Sequence[int], device: torch.device) -> PackLayout:
         groups[-1].append(index)
     buckets = tuple(Bucket(len(group), lengths[group[0]]) for group in groups)
     longest = buckets[0].longest if buckets else 0
-    if sum(bucket.slots for bucket in buckets) == sum(lengths) and len(buckets) <= 1:
-        return PackLayout(tuple(lengths), buckets, None, longest)
-    return PackLayout(tuple(lengths), buckets, _moves(lengths, groups, device), longest)
+    if copies is None:
+        if sum(bucket.slots for bucket in buckets) == sum(lengths) and len(buckets) <= 1:
+            return PackLayout(tuple(lengths), buckets, None, longest)
+        return PackLayout(tuple(lengths), buckets, _moves(lengths, groups, device), longest)
+    own = copies == np.arange(len(copies))
+    row = (np.cumsum(own) - 1)[copies]
+    sharing = Sharing(torch.from_numpy(np.flatnonzero(own)).to(device), torch.from_numpy(row).to(device))
+    return PackLayout(tuple(lengths), buckets, _share(_moves(lengths, groups, device), sharing), longest, sharing)
+
+
+def _share(moves: Moves, sharing: Sharing) -> Moves:
+    """Moves of rows, from those of all tokens."""
+    scatter = moves.scatter.index_select(0, sharing.tokens)
+    real = torch.zeros_like(moves.real)
+    real[scatter] = True
+    again = torch.nonzero(moves.real & ~real)[:, 0]
+    return Moves(sharing.row.index_select(0, moves.gather), scatter, real, again)
 
 
 def _moves(lengths: Sequence[int], groups: Sequence[Sequence[int]], device: torch.device) -> Moves:
@@ -113,17 +151,20 @@ def _moves(lengths: Sequence[int], groups: Sequence[Sequence[int]], device: torc
 
 
 class _Pad(torch.autograd.Function):
-    """Rows of tokens to rows of padded slots; the gradient of padding is dropped (no query sees it)."""
+    """Rows to padded slots. The gradient of padding is dropped (no query sees it), those of `again` are added."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
-        ctx.save_for_backward(scatter)
+    def forward(ctx: Any, rows: Tensor, gather: Tensor, scatter: Tensor, again: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gather, scatter, again)
         return rows.index_select(0, gather)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (scatter,) = ctx.saved_tensors
-        return grads[0].index_select(0, scatter), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        gather, scatter, again = ctx.saved_tensors
+        grad = grads[0].index_select(0, scatter)
+        if again is not None:
+            grad.index_add_(0, gather.index_select(0, again), grads[0].index_select(0, again))
+        return grad, None, None, None
 
 
 class _Unpad(torch.autograd.Function):
@@ -158,8 +199,8 @@ def packed_attention(
 
     Args:
         module: the attention layer that calls; named in errors.
-        query: `[1, heads, tokens, head_dim]`.
-        key, value: `[1, key/value heads, tokens, head_dim]`.
+        query: `[1, heads, rows, head_dim]`.
+        key, value: `[1, key/value heads, rows, head_dim]`.
         attention_mask: must be None; `no_mask` sees to it.
         pack: the layout of the samples.
         scaling: of the scores; None is head_dim ** -0.5.
@@ -167,7 +208,7 @@ def packed_attention(
         softcap, s_aux: variants this kernel does not have.
 
     Returns:
-        `[1, tokens, heads, head_dim]`, and None for the weights.
+        `[1, rows, heads, head_dim]`, and None for the weights.
 
     Raises:
         TrainError: the model asks for something that packed attention does not do.
@@ -190,7 +231,10 @@ def packed_attention(
             hint="packed attention has no window; train on samples that fit into it",
         )
     sizes = [bucket.slots for bucket in pack.buckets]
-    q, k, v = (_to_slots(states, pack).split(sizes) for states in (query, key, value))
+    # Of a shared row one query's output is used, so that the others have no gradient; keys and values are all seen.
+    q = _to_slots(query, pack, None).split(sizes)
+    again = pack.moves.again if pack.moves is not None else None
+    k, v = (_to_slots(states, pack, again).split(sizes) for states in (key, value))
     outputs = [_attend(bucket, q[i], k[i], v[i], scaling) for i, bucket in enumerate(pack.buckets)]
     slots = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if pack.moves is not None:
@@ -199,12 +243,12 @@ def packed_attention(
     return slots.view(1, -1, query.shape[1], value.shape[-1]), None
 
 
-def _to_slots(states: Tensor, pack: PackLayout) -> Tensor:
-    """`[1, heads, tokens, head_dim]` to `[slots, heads, head_dim]`."""
+def _to_slots(states: Tensor, pack: PackLayout, again: Tensor | None) -> Tensor:
+    """`[1, heads, rows, head_dim]` to `[slots, heads, head_dim]`; see `_Pad` for `again`."""
     heads, _, head_dim = states.shape[1:]
     rows = states[0].transpose(0, 1).reshape(-1, heads * head_dim)
     if pack.moves is not None:
-        rows = _Pad.apply(rows, pack.moves.gather, pack.moves.scatter)
+        rows = _Pad.apply(rows, pack.moves.gather, pack.moves.scatter, again)
     return rows.view(-1, heads, head_dim)
 
 

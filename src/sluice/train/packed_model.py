@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from sluice.errors import TrainError
 from sluice.models.heads import backbone, output_head
 from sluice.train.attention import PACKED_ATTENTION, PackLayout, layout
 from sluice.train.logprob import TokenScores, token_scores
+from sluice.train.prefixes import first_copies
 from sluice.train.routing import RoutingReplay
 from sluice.train.sharding import Whole, rest
 from sluice.types import MicroBatch
@@ -45,7 +47,8 @@ class Pack:
 def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device, replay: RoutingReplay | None = None) -> Pack:
     """Tensors of `micro`; `scored` is the mask of tokens whose log-probs are wanted, `[tokens]`.
 
-    `replay` is that of the model which will run the pack.
+    `replay` is that of the model which will run the pack. Without it, what samples begin with in common is computed
+    once; with it, the experts of equal tokens may differ.
 
     Raises:
         TrainError: a scored token is the first of its sample, where nothing predicts it, or its
@@ -70,7 +73,7 @@ def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device, repla
     return Pack(
         ids=torch.from_numpy(micro.ids.astype(np.int64)).to(device).unsqueeze(0),
         positions=torch.from_numpy(positions).to(device).unsqueeze(0),
-        layout=layout(micro.lengths, device),
+        layout=layout(micro.lengths, device, None if replay else first_copies([s.ids for s in micro.samples])),
         index=torch.from_numpy(index).to(device),
         temperature=torch.from_numpy(temperature).to(device),
         experts=replay.table(micro, device) if replay else None,
@@ -86,7 +89,7 @@ def empty_pack(device: torch.device, experts: Tensor | None = None) -> Pack:
 
 
 class Pass(NamedTuple):
-    """What the layers of a model run in one go: a whole pack, or one sample of it."""
+    """What the layers of a model run in one go: the rows of a whole pack, or one sample of it."""
 
     ids: Tensor
     positions: Tensor
@@ -94,32 +97,45 @@ class Pass(NamedTuple):
     options: dict[str, Any]
 
     def states(self, layers: torch.nn.Module) -> Tensor:
-        """Hidden states after the last layer, `[tokens, hidden size]`."""
+        """Hidden states after the last layer, `[rows, hidden size]`."""
         output = layers(input_ids=self.ids, position_ids=self.positions, use_cache=False, **self.options)
         return output.last_hidden_state[0]
 
 
 def passes(layers: Any, pack: Pack) -> list[Pass]:
     """One pass where the attention of `layers` is `sluice_packed`, else one for each sample."""
-    if layers.config._attn_implementation == PACKED_ATTENTION:
-        return [Pass(pack.ids, pack.positions, pack.experts, {"pack": pack.layout})]
+    if _in_one(layers):
+        ids, positions, sharing = pack.ids, pack.positions, pack.layout.sharing
+        if sharing is not None:
+            ids, positions = ids.index_select(1, sharing.tokens), positions.index_select(1, sharing.tokens)
+        return [Pass(ids, positions, pack.experts, {"pack": pack.layout})]
     lengths = pack.layout.lengths
     experts = pack.experts.split(lengths) if pack.experts is not None else [None] * len(lengths)
     parts = zip(pack.ids.split(lengths, 1), pack.positions.split(lengths, 1), experts, strict=True)
     return [Pass(*part, {}) for part in parts]
 
 
-def pack_states(layers: torch.nn.Module, pack: Pack) -> Tensor:
-    """Hidden states of a pack after the last of a model's layers, `[tokens, hidden size]`."""
-    return _join([part.states(layers) for part in passes(layers, pack)])
+def _in_one(layers: Any) -> bool:
+    return layers.config._attn_implementation == PACKED_ATTENTION
 
 
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def predicting_states(layers: torch.nn.Module, pack: Pack, run: Callable[[Pass], Tensor] | None = None) -> Tensor:
+    """Hidden states after the last of a model's layers from which `pack.index` is predicted, `[scored, hidden size]`.
+
+    `run` makes a pass; None has the layers make it.
+    """
+    parts = [run(part) if run is not None else part.states(layers) for part in passes(layers, pack)]
+    states = parts[0] if len(parts) == 1 else torch.cat(parts)
+    before, sharing = pack.index - 1, pack.layout.sharing
+    if sharing is not None and _in_one(layers):
+        before = sharing.row.index_select(0, before)
+    return states.index_select(0, before)
 
 
 class PackedModel:
     """Runs a model on packs: all samples in one pass where its attention is `sluice_packed`, else one after the other.
+
+    In one pass, what samples begin with in common is computed once.
 
     Args:
         model: on its device, with an attention that `choose_attention` returned.
@@ -158,7 +174,7 @@ class PackedModel:
     def _scores(self, pack: Pack) -> TokenScores:
         head = output_head(self.model)
         return token_scores(
-            self._hidden(pack).index_select(0, pack.index - 1),
+            self._states(pack),
             head.weight,
             head.bias,
             pack.ids[0].index_select(0, pack.index),
@@ -166,10 +182,10 @@ class PackedModel:
             chunk=self._chunk,
         )
 
-    def _hidden(self, pack: Pack) -> Tensor:
-        """Hidden states, `[tokens, hidden size]`."""
+    def _states(self, pack: Pack) -> Tensor:
+        """States that predict the tokens of `pack.index`, `[scored, hidden size]`."""
         self._agreed = []
-        return _join([self._run(part) for part in passes(self._backbone, pack)])
+        return predicting_states(self._backbone, pack, self._run)
 
     def _run(self, part: Pass) -> Tensor:
         if self.replay is None or part.experts is None:

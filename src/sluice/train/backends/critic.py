@@ -27,7 +27,7 @@ from sluice.train.backends.torch import checkpoint_activations
 from sluice.train.backends.updating import step_gradients, take_step
 from sluice.train.base import CriticStats, Loss, ValueLoss
 from sluice.train.logprob import TokenScores
-from sluice.train.packed_model import Pack, choose_attention, make_pack, pack_states
+from sluice.train.packed_model import Pack, choose_attention, make_pack, predicting_states
 from sluice.train.packing import assign, check_fit
 from sluice.train.totals import StepTotals, run_loss
 from sluice.types import LossInputs, LossOutput, MicroBatch, TrainBatch, TrainSample, ValueInputs
@@ -51,7 +51,7 @@ class ValueModel(torch.nn.Module):
 
     def values(self, pack: Pack) -> Tensor:
         """Values before the tokens in `pack.index`, shape `[scored]`."""
-        states = pack_states(self.layers, pack).index_select(0, pack.index - 1)
+        states = predicting_states(self.layers, pack)
         return self.head(states.to(self.head.weight.dtype)).squeeze(1)
 
 
