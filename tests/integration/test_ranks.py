@@ -112,6 +112,14 @@ def double_loss(inputs: LossInputs) -> LossOutput:
     return LossOutput(torch.where(inputs.sequence == 1, found.per_token / 0.0, found.per_token), found.metrics)
 
 
+def of_the_program(inputs: LossInputs) -> LossOutput:
+    """As if this file were run by `python`."""
+    return ratio_loss(inputs)
+
+
+of_the_program.__module__ = "__main__"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [{}, {"tie_word_embeddings": False, "model_type": "llama"}])
 def test_four_ranks_for_any_split(tmp_path: Path, architecture: dict[str, Any]) -> None:
@@ -177,11 +185,12 @@ def test_what_goes_wrong_at_a_rank_is_what_is_told(tmp_path: Path) -> None:
             several.load_state(tmp_path / "none", tmp_path / "none")
         with pytest.raises(TrainError, match="the ranks were ended"):
             several.step(batch(), ratio_loss)
-    with (
-        ranks(2, model, tmp_path, settings) as several,
-        pytest.raises(TrainError, match="cannot be sent to the ranks"),
-    ):
-        several.step(batch(), lambda inputs: ratio_loss(inputs))
+    with ranks(2, model, tmp_path, settings) as several:
+        with pytest.raises(TrainError, match="cannot be sent to the ranks"):
+            several.step(batch(), lambda inputs: ratio_loss(inputs))
+        with pytest.raises(TrainError, match="'of_the_program' is defined in the program that was started"):
+            several.step(batch(), of_the_program)
+        assert not several.step(batch(), ratio_loss).skipped  # nothing was sent
     with ranks(3, model, tmp_path, settings) as several:
         os.kill(several._crew.pids[1], signal.SIGKILL)  # type: ignore[attr-defined]
         with pytest.raises(TrainError, match="rank 1 of the trainer: was killed by SIGKILL"):

@@ -7,6 +7,7 @@ call ──► all ranks ──► all answers
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Protocol
 
 from sluice.errors import RanksLost, SluiceError, TrainError
@@ -196,9 +198,23 @@ def _start(rank: int, log: Path, environment: dict[str, str]) -> _Child:
     return _Child(rank, process, ours, log)
 
 
+class _Pickler(pickle.Pickler):
+    """Refuses what a rank could not find: in its process another program is `__main__`."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, type | FunctionType) and obj.__module__ == "__main__":
+            raise TrainError(
+                f"{obj.__qualname__!r} is defined in the program that was started, where the ranks cannot import it",
+                hint="move it to a module, or to a file that the recipe names as file.py:name",
+            )
+        return NotImplemented
+
+
 def _pickled(method: str, arguments: tuple[Any, ...]) -> bytes:
+    stream = io.BytesIO()
     try:
-        return pickle.dumps((method, arguments))
+        _Pickler(stream).dump((method, arguments))
+        return stream.getvalue()
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TrainError(
             f"what {method!r} needs cannot be sent to the ranks: {error}",
