@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,16 @@ def one(model: Path, settings: TrainConfig) -> TorchTrainer:
 
 
 @contextmanager
-def ranks(size: int, model: Path, folder: Path, settings: TrainConfig) -> Iterator[RankedTrainer]:
+def ranks(
+    size: int, model: Path, folder: Path, settings: TrainConfig, frozen: Mapping[str, Path] | None = None
+) -> Iterator[RankedTrainer]:
     crew = ProcessCrew(size, folder / f"ranks-{size}", [{"OMP_NUM_THREADS": "1"}] * size)
     trainer = None
     try:
         trainer = RankedTrainer(
-            crew, settings, model, total_steps=10, seed=0, devices=["cpu"] * size, scratch=folder / "scratch", threads=1
-        )
+            crew, settings, model, total_steps=10, seed=0, devices=["cpu"] * size, scratch=folder / "scratch",
+            frozen=frozen, threads=1,
+        )  # fmt: skip
         yield trainer
     finally:
         if trainer is not None:

@@ -77,6 +77,19 @@ def test_recorded_experts_are_replayed_by_every_rank(tmp_path: Path, name: str) 
         assert ours.metrics["routing/agreement"] < 1
 
 
+def test_a_teacher_that_runs_one_sample_a_pass_beside_a_policy_that_packs(tmp_path: Path) -> None:
+    model = scratch(tmp_path / "model")
+    teacher = {"teacher:t": scratch(tmp_path / "teacher", seed=1, model_type="mistral", sliding_window=8)}
+    samples, streams = make_samples((9, 20, 31, 4, 6)), frozenset({"proximal", "teacher:t"})
+    alone = TorchTrainer(config(), model, total_steps=10, seed=0, frozen=teacher)
+    with ranks(2, model, tmp_path, config(), teacher) as several:
+        for mine, other in zip(several.score(samples, streams), alone.score(samples, streams), strict=True):
+            for name in streams:
+                np.testing.assert_allclose(mine[name], other[name], rtol=0, atol=1e-5)
+            assert not np.allclose(mine["teacher:t"], mine["proximal"])
+        close(several.gradients(batch(), ratio_loss), alone.gradients(batch(), ratio_loss), 1e-5)
+
+
 def touchy_loss(inputs: LossInputs) -> LossOutput:
     """Raises where the longest sample is: at one rank, while the other goes on into a collective."""
     if int(inputs.sequence.bincount().max()) == 40:
