@@ -52,8 +52,8 @@ def test_unreadable_row_is_named_by_line_or_skipped(tmp_path: Path, capsys: pyte
     code, error = refused(capsys, saved(config, tmp_path))
     assert code == 3
     assert f"{source}:7" in error
-    code = cli.run(["train", str(saved(config, tmp_path)), "--overwrite", "data.train.on_bad_row=skip", "steps=1"])
-    assert code == 0
+    code = cli.run(["train", str(saved(config, tmp_path)), "data.train.on_bad_row=skip", "steps=1"])
+    assert code == 0, "the first try left nothing that would have to be overwritten"
 
 
 def test_prompt_longer_than_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,8 +130,13 @@ def test_two_runs_on_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.run(["train", str(recipe)]) == 0
     with LogWriter(config.folder / "log"):
         code, error = refused(capsys, recipe, "--resume", "steps=2")
-    assert code == 9
-    assert "process" in error
+        assert code == 9
+        assert "process" in error
+        kept = sorted(file for file in config.folder.rglob("*") if file.is_file())
+        code, error = refused(capsys, recipe, "--overwrite")
+        assert code == 9
+        assert "two runs cannot share one folder" in error
+        assert sorted(file for file in config.folder.rglob("*") if file.is_file()) == kept
 
 
 FULL_DISK = """

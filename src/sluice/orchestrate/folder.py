@@ -28,6 +28,8 @@ import xxhash
 from sluice.config.dump import flatten
 from sluice.config.run import RunConfig
 from sluice.errors import ConfigError
+from sluice.log import Kind, LogReader
+from sluice.log.lock import FolderLock
 
 MAY_CHANGE = (
     "steps", "runs_dir", "device", "threads", "offline", "allow_hosts", "checkpoint", "obs", "limits", "log",
@@ -46,13 +48,15 @@ def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path:
     """Create the run folder, or check that an existing one may be continued.
 
     Raises:
-        ConfigError: the folder exists and neither flag is given, or there is nothing to resume, or the
+        ConfigError: the folder holds a run and neither flag is given, or there is nothing to resume, or the
             configuration changed in a way that would make it another run.
+        LogError: a run is writing there at this moment.
     """
     folder = config.folder
     saved = folder / "config.json"
+    _refuse_if_running(folder)
     if folder.exists() and not resume:
-        if not overwrite:
+        if not overwrite and not _came_to_nothing(folder):
             raise ConfigError(
                 f"{folder} already holds a run",
                 hint="--resume continues it, --overwrite replaces it, name=NAME starts another beside it",
@@ -78,6 +82,20 @@ def open_folder(config: RunConfig, *, resume: bool, overwrite: bool) -> Path:
             hint="set runs_dir to a writable place with free space",
         ) from error
     return folder
+
+
+def _refuse_if_running(folder: Path) -> None:
+    """LogError when a run is writing there: its folder is neither replaced nor continued beside it."""
+    if (folder / "log").is_dir():
+        FolderLock(folder / "log").release()
+
+
+def _came_to_nothing(folder: Path) -> bool:
+    """Whether a run ended before it did any work: of a typo in a path, for instance. Its folder is worth nothing."""
+    done = ("checkpoints", "model-sft", "model-dpo", "weights")
+    if not (folder / "config.json").exists() or any((folder / name).exists() for name in done):
+        return False
+    return not (folder / "log").is_dir() or not any(LogReader(folder / "log").read(kinds=(Kind.EPISODE, Kind.VERSION)))
 
 
 def _check_unchanged(config: RunConfig, saved: Path) -> None:
