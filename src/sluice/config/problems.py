@@ -98,9 +98,7 @@ def _unknown_key(spot: Spot, places: Places) -> str:
     key, owner = spot.key, spot.owner
     valid = [] if owner is None else list(owner.model_fields)
     word = str(key[-1])
-    meant = nearest(word, valid)
-    if meant is None:
-        meant = _same_name_elsewhere(key)
+    meant = _same_name(key, below=True) or nearest(word, valid) or _same_name(key)
     text = "unknown key"
     if meant is not None:
         text += f", did you mean {meant!r}?"
@@ -112,14 +110,16 @@ def _unknown_key(spot: Spot, places: Places) -> str:
     return text
 
 
-def _same_name_elsewhere(key: Key) -> str | None:
-    """The key of this name that stands nearest in the configuration: `train.lr` → `train.optimizer.lr`."""
+def _same_name(key: Key, *, below: bool = False) -> str | None:
+    """The key of this name that stands nearest in the configuration: `train.lr` → `train.optimizer.lr`; with `below`
+    only one further down in the same table."""
 
     def distance(other: Key) -> tuple[int, int]:
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(key, other, strict=False)))
         return -shared, len(other)
 
-    known = [other for other in known_keys() if other[-1] == key[-1] and other != key]
+    table = key[:-1] if below else ()
+    known = [each for each in known_keys() if each[-1] == key[-1] and each != key and each[: len(table)] == table]
     return dotted(min(known, key=distance)) if known else None
 
 
