@@ -88,9 +88,9 @@ def machine() -> dict[str, Any]:
 
 
 def command_line(module: str) -> str:
-    """The command that made a result, without the folders it wrote to."""
+    """The command that made a result, without folders and interpreters of this machine."""
     words = list(sys.argv[1:])
-    for flag in ("--out", "--runs"):
+    for flag in ("--out", "--runs", "--python"):
         if flag in words:
             at = words.index(flag)
             del words[at : at + 2]
