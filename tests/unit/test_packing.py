@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from train_cases import make_samples
 
 from sluice.errors import TrainError
-from sluice.train.packing import assign, make_batch, pack, packing_efficiency
+from sluice.train.packing import assign, assign_groups, make_batch, pack, packing_efficiency
 from sluice.types import Normaliser, loss_scales
 
 
@@ -26,6 +26,33 @@ def test_assign_is_a_partition_within_the_budget(lengths: list[int], budget: int
     # First fit: what opened a micro-batch had no room in an earlier one, so no two are half empty.
     loads = [sum(lengths[index] for index in members) for members in bins]
     assert all(a + b > budget for a, b in pairwise(loads))
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
+def test_assign_groups_is_a_partition_within_the_budget(lengths: list[int], budget: int) -> None:
+    samples = make_samples(lengths)
+    bins = assign_groups(samples, budget)
+    assert sorted(index for members in bins for index in members) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in members) <= budget for members in bins)
+    assert all(members == sorted(members) for members in bins)
+    assert len(bins) <= 1.25 * len(assign(lengths, budget))
+
+
+def test_groups_stay_together() -> None:
+    """Lengths of four groups of four are mixed, so that samples one by one would come apart."""
+    lengths = [30, 4, 22, 11, 29, 5, 21, 12, 28, 6, 20, 13, 27, 7, 19, 14]
+    bins = assign_groups(make_samples(lengths), 70)
+    assert bins == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert assign(lengths, 70) != bins
+    # In micro-batches of 40 tokens no group fits; parts of groups do, and nothing is lost.
+    halves = assign_groups(make_samples(lengths), 40)
+    assert sorted(index for members in halves for index in members) == list(range(16))
+
+
+def test_groups_come_apart_where_they_would_cost_passes() -> None:
+    lengths = [11, 10, 10, 10] * 3
+    assert len(assign(lengths, 63)) == 2  # of 41 tokens a group, each would have a micro-batch of its own
+    assert assign_groups(make_samples(lengths), 63) == assign(lengths, 63)
 
 
 def test_scales_travel_with_their_samples() -> None:

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from sluice.errors import TrainError
 from sluice.types import MicroBatch, Normaliser, TrainBatch, TrainSample, loss_scales
 
+_MORE_PASSES = 1.25
+"""Micro-batches that keeping groups together may cost, as a multiple of those that samples need one by one."""
+
 
 def assign(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """First-fit decreasing: longest first, each into the first micro-batch with room for it.
@@ -33,6 +36,35 @@ def assign(lengths: Sequence[int], budget: int) -> list[list[int]]:
         bins[at].append(index)
         room[at] -= lengths[index]
     return [sorted(members) for members in bins]
+
+
+def assign_groups(samples: Sequence[TrainSample], budget: int) -> list[list[int]]:
+    """`assign`, with the samples of a group in one micro-batch where they fit: their common tokens are computed once.
+
+    A group with more tokens than the budget is split by `assign`. Where whole groups would need over a quarter more
+    micro-batches, or two where one is enough, samples are assigned one by one.
+
+    Args:
+        samples: with at most `budget` tokens each.
+        budget: tokens of one micro-batch.
+
+    Returns:
+        Indices into `samples` of each micro-batch, in their given order.
+    """
+    lengths = [len(sample) for sample in samples]
+    one_by_one = assign(lengths, budget)
+    groups: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(sample.group_id, []).append(index)
+    blocks = [
+        [members[place] for place in places]
+        for members in groups.values()
+        for places in assign([lengths[index] for index in members], budget)
+    ]
+    together = assign([sum(lengths[index] for index in block) for block in blocks], budget)
+    if len(together) > _MORE_PASSES * len(one_by_one):
+        return one_by_one
+    return [sorted(index for number in places for index in blocks[number]) for places in together]
 
 
 def spread(lengths: Sequence[int], ranks: int, budget: int, *, alone: bool = False) -> list[list[list[int]]]:
@@ -81,7 +113,7 @@ def _one_each(lengths: Sequence[int], longest_first: Sequence[int], ranks: int) 
 def pack(
     samples: Sequence[TrainSample], *, budget: int, scales: Sequence[NDArray[np.float64]]
 ) -> tuple[MicroBatch, ...]:
-    """Micro-batches of at most `budget` tokens, without padding; see `assign` for the order.
+    """Micro-batches of at most `budget` tokens, without padding; see `assign_groups` for the order.
 
     Samples whose advantages are all 0 are packed apart: when the loss is flat there, as a policy gradient is, the
     trainer leaves out the backward passes of their micro-batches (see `train.totals.send_back`).
@@ -99,7 +131,7 @@ def pack(
     packed: list[MicroBatch] = []
     for kind in (True, False):
         chosen = [index for index in range(len(samples)) if flat[index] is kind]
-        for places in assign([len(samples[index]) for index in chosen], budget):
+        for places in assign_groups([samples[index] for index in chosen], budget):
             members = [chosen[place] for place in places]
             scale = np.concatenate([scales[index] for index in members])
             packed.append(MicroBatch(tuple(samples[index] for index in members), scale))

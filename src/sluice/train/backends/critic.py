@@ -28,7 +28,7 @@ from sluice.train.backends.updating import step_gradients, take_step
 from sluice.train.base import CriticStats, Loss, ValueLoss
 from sluice.train.logprob import TokenScores
 from sluice.train.packed_model import Pack, choose_attention, make_pack, predicting_states
-from sluice.train.packing import assign, check_fit
+from sluice.train.packing import assign_groups, check_fit
 from sluice.train.totals import StepTotals, run_loss
 from sluice.types import LossInputs, LossOutput, MicroBatch, TrainBatch, TrainSample, ValueInputs
 
@@ -92,7 +92,7 @@ class TorchCritic:
         budget = self._train.micro_batch_tokens
         check_fit(samples, budget)
         filled = list(samples)
-        for members in assign([len(sample) for sample in samples], budget):
+        for members in assign_groups(samples, budget):
             micro = MicroBatch(tuple(samples[i] for i in members), np.zeros(sum(len(samples[i]) for i in members)))
             scored = (micro.stream("version") >= 0) | (micro.stream("weight") > 0)
             values = np.zeros(micro.num_tokens, np.float32)

@@ -31,7 +31,7 @@ from sluice.train.backends.state import check_same_architecture, copy_tokenizer_
 from sluice.train.backends.updating import step_gradients, take_step
 from sluice.train.base import Loss, StepStats
 from sluice.train.packed_model import Pack, PackedModel, check_replay, choose_attention, empty_pack, make_pack
-from sluice.train.packing import assign, check_fit
+from sluice.train.packing import assign_groups, check_fit
 from sluice.train.routing import RoutingReplay
 from sluice.train.sharding import Shards, gathered, identity, like
 from sluice.train.totals import MicroResult, StepTotals, run_loss, send_back
@@ -129,7 +129,7 @@ class TorchTrainer:
         """Log-probs of sampled and trained tokens, one float32 array `[len(sample)]` each."""
         results = [np.zeros(len(sample), np.float32) for sample in samples]
         check_fit(samples, self._config.micro_batch_tokens)
-        for members in assign([len(sample) for sample in samples], self._config.micro_batch_tokens):
+        for members in assign_groups(samples, self._config.micro_batch_tokens):
             values = self._values(model, [samples[index] for index in members])
             ends = np.cumsum([len(samples[index]) for index in members])[:-1]
             for index, part in zip(members, np.split(values, ends), strict=True):
