@@ -255,11 +255,13 @@ class GateConfig(Part):
     """The bound between rollout and training."""
 
     max_lag: int = Field(default=0, ge=0)
-    """Optimizer steps that a trained token may lie behind the weights in use. 0 is synchronous."""
+    """Optimizer steps that a trained token may lie behind the weights in use. 0 is synchronous.
+
+    Rollout runs ahead by whole batches: below `algorithm.updates_per_batch` it does not overlap training at all."""
     order: Order | None = None
     """Default: `dispatch` at lag 0, `completion` otherwise."""
     on_stale: OnStale | None = None
-    """Default: `wait` at lag 0, `mask_tokens` otherwise."""
+    """Default: `wait` in dispatch order, `mask_tokens` in completion order."""
     refill_limit: int = Field(default=20, ge=1)
     """Give up a step when filters have dropped this many times `groups_per_step` groups for it."""
 
@@ -272,8 +274,11 @@ class GateConfig(Part):
             )
         if self.max_lag == 0 and self.on_stale not in (None, OnStale.WAIT):
             raise ValueError(f"gate.on_stale = {self.on_stale!s:.20} needs gate.max_lag >= 1: at 0 nothing is stale")
-        if self.order is Order.COMPLETION and self.on_stale is OnStale.WAIT:
-            raise ValueError("gate: a hard bound, completion order and no discard cannot all hold; change one")
+        if self.effective_order is Order.COMPLETION and self.on_stale is OnStale.WAIT:
+            raise ValueError(
+                "gate: a hard bound, completion order and no discard cannot all hold, since a slow group can be "
+                "overtaken for ever; set gate.order = 'dispatch', or gate.on_stale = 'mask_tokens' or 'drop'"
+            )
         return self
 
     @property

@@ -1,11 +1,8 @@
 """The gate between rollout and training, as arithmetic: how many groups may be alive, what is too old.
 
-Pacing. A batch is `groups_per_step` groups. With `max_lag` L (in optimizer steps; U updates a batch), at
-most (⌊L/U⌋ + 1) · groups_per_step groups are alive: dispatched, and neither trained nor dropped; the
-batch being trained counts until its step is done. A group dispatched under version v then has at most
-⌊L/U⌋ whole batches before its own, so in dispatch order it is trained at most L steps after v: the bound
-holds without discarding anything. In completion order an unlucky group can be overtaken; then `judge`
-takes its old tokens, or the whole episode, out of the loss.
+`data.pacing` bounds the groups alive, so that in dispatch order the bound holds without discarding anything. In
+completion order an unlucky group can be overtaken; then `judge` takes its old tokens, or the whole episode,
+out of the loss.
 
 Staleness is recomputed when a batch is used, from the versions recorded with the tokens, along the
 lineage: never from counters.
@@ -21,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sluice.config.data import GateConfig, OnStale
+from sluice.data.pacing import Pacing
 from sluice.errors import DataError
 from sluice.types import TrainSample, Version
 
@@ -37,13 +35,18 @@ class Gate:
     updates: int = 1
 
     @property
+    def pacing(self) -> Pacing:
+        """The credits of this gate."""
+        return Pacing(self.config.max_lag, self.groups_per_step, self.updates)
+
+    @property
     def max_alive(self) -> int:
         """Groups that may be alive at once."""
-        return (self.config.max_lag // self.updates + 1) * self.groups_per_step
+        return self.pacing.limit
 
     def admits(self, alive: int) -> int:
         """How many more groups may be dispatched while `alive` are."""
-        return max(0, self.max_alive - alive)
+        return self.pacing.credits(alive)
 
     def judge(self, samples: tuple[TrainSample, ...], lag_of: LagOf) -> Judgement:
         """Take what is older than the bound out of the loss of one episode.
