@@ -75,6 +75,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two-updates": {"algorithm": {"type": "grpo", "updates_per_batch": 2}},
     "lag-mask": {"data": {"gate": {"max_lag": 1}}, "steps": 4},
     "lag-wait": {"data": {"gate": {"max_lag": 2, "order": "dispatch"}}, "steps": 4},
+    "lag-oversample": {"data": {"gate": {"max_lag": 1, "oversample": 1.5}}, "steps": 4},
     "lag-drop": {"data": {"gate": {"max_lag": 1, "on_stale": "drop"}}, "steps": 4},
     "dynamic-sampling": {"data": {"filters": [{"type": "spread"}, {"type": "min_valid"}]}},
     "bf16": {"train": {"dtype": "bfloat16"}, "rollout": {"embedded": {"dtype": "bfloat16"}}},
@@ -121,7 +122,8 @@ def test_a_run_of_every_kind(name: str, tmp_path: Path) -> None:
     assert [row["version/step"] for row in rows] == [updates * row["step"] for row in rows]
     tolerance = 0.05 if name == "bf16" else 1e-5
     assert all(row["mismatch/mean_abs"] <= tolerance for row in rows if row["gate/lag_max"] == 0)
-    assert max(row["gate/lag_max"] for row in rows) <= config.data.gate.max_lag + 1
+    if name != "lag-oversample":  # there a straggler may be passed over again and again, and is masked then
+        assert max(row["gate/lag_max"] for row in rows) <= config.data.gate.max_lag + 1
 
     fate = account(LogReader(config.folder / "log").read(kinds=ACCOUNTED))
     assert fate.sound

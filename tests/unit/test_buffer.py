@@ -144,6 +144,9 @@ def test_updates_per_batch_shorten_the_queue() -> None:
     assert Gate(config, 8, updates=1).max_alive == 24
     assert Gate(config, 8, updates=2).max_alive == 16
     assert Gate(config, 8, updates=4).max_alive == 8
+    over = GateConfig(max_lag=1, oversample=1.1)
+    assert Gate(over, 10).max_alive == 21
+    assert Gate(over, 8).max_alive == 17
 
 
 def test_lag_zero_defaults_and_contradictions() -> None:
@@ -155,6 +158,12 @@ def test_lag_zero_defaults_and_contradictions() -> None:
         GateConfig(max_lag=1, order=Order.COMPLETION, on_stale=OnStale.WAIT)
     with pytest.raises(ValueError, match=r"needs gate\.max_lag >= 1"):
         GateConfig(order=Order.COMPLETION)
+    for refused in ({}, {"max_lag": 1, "order": Order.DISPATCH}):
+        with pytest.raises(ValueError, match="oversample"):
+            GateConfig(oversample=1.5, **refused)
+    for number in (0.9, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="oversample"):
+            GateConfig(max_lag=1, oversample=number)
 
 
 def test_a_task_that_teaches_nothing_stops_the_run_with_a_reason() -> None:
@@ -287,3 +296,31 @@ def test_a_tighter_bound_asks_again_for_what_cannot_keep_it() -> None:
     asked = [again.request().prompt for _ in range(3)]
     assert asked == [requests[1].prompt, requests[2].prompt, requests[0].prompt]
     assert again.request().prompt.id not in {request.prompt.id for request in requests}
+
+
+def test_over_sampling_trains_what_finishes_first_and_carries_the_rest_over() -> None:
+    """Two groups a batch, lag 1, half as many again: five alive. The straggler is passed over, and is not lost."""
+    one = buffer(GateConfig(max_lag=1, oversample=1.5), groups_per_step=2)
+    requests = [one.request() for _ in range(one.want())]
+    assert len(requests) == 5
+
+    def finish(*places: int) -> None:
+        for place in places:
+            for sample in range(requests[place].n):
+                one.add(scored(requests[place], sample))
+
+    def batch() -> list[str]:
+        ids = [group.id for group in one.take()]
+        one.trained()
+        return ids
+
+    finish(3, 1)
+    assert one.ready()
+    assert batch() == [requests[3].id, requests[1].id]
+    assert one.want() == 2, "the three that are left are carried over"
+    requests += [one.request() for _ in range(one.want())]
+    finish(6, 2, 4)
+    assert batch() == [requests[6].id, requests[2].id], "in the order in which they finished"
+    finish(0)
+    assert batch() == [requests[4].id, requests[0].id], "what was carried over comes before what finished later"
+    assert [request.id for request, _ in one.unfinished()] == [requests[5].id]

@@ -262,6 +262,9 @@ class GateConfig(Part):
     """Default: `dispatch` at lag 0, `completion` otherwise."""
     on_stale: OnStale | None = None
     """Default: `wait` in dispatch order, `mask_tokens` in completion order."""
+    oversample: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    """Groups under way for a batch, as a multiple of `groups_per_step`. Above 1 a batch trains the groups that finish
+    first, and the rest are carried over to the next; needs `completion` order."""
     refill_limit: int = Field(default=20, ge=1)
     """Give up a step when filters have dropped this many times `groups_per_step` groups for it."""
 
@@ -278,6 +281,11 @@ class GateConfig(Part):
             raise ValueError(
                 "gate: a hard bound, completion order and no discard cannot all hold, since a slow group can be "
                 "overtaken for ever; set gate.order = 'dispatch', or gate.on_stale = 'mask_tokens' or 'drop'"
+            )
+        if self.oversample > 1 and self.effective_order is Order.DISPATCH:
+            raise ValueError(
+                f"gate.oversample = {self.oversample:g} trains the groups that finish first, which dispatch order does "
+                "not; it needs gate.order = 'completion' and gate.max_lag >= 1"
             )
         return self
 

@@ -4,12 +4,16 @@
 completion order an unlucky group can be overtaken; then `judge` takes its old tokens, or the whole episode,
 out of the loss.
 
+Over-sampling. `oversample` adds ⌈(oversample − 1) · groups_per_step⌉ groups to those alive, in completion order
+only: a batch is the first `groups_per_step` that settle, the rest are carried over. Stragglers get older for it.
+
 Staleness is recomputed when a batch is used, from the versions recorded with the tokens, along the
 lineage: never from counters.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -37,7 +41,8 @@ class Gate:
     @property
     def pacing(self) -> Pacing:
         """The credits of this gate."""
-        return Pacing(self.config.max_lag, self.groups_per_step, self.updates)
+        extra = round((self.config.oversample - 1) * self.groups_per_step, 6)  # 1.1 · 10 is 11 groups, not 12
+        return Pacing(self.config.max_lag, self.groups_per_step, self.updates, math.ceil(extra))
 
     @property
     def max_alive(self) -> int:

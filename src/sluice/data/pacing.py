@@ -26,11 +26,13 @@ class Pacing:
         max_lag: the bound, in optimizer steps.
         groups_per_step: groups of one batch.
         updates: optimizer steps of one batch.
+        extra: groups of over-sampling, in completion order only: the proof does not hold with them.
     """
 
     max_lag: int
     groups_per_step: int
     updates: int = 1
+    extra: int = 0
 
     def __post_init__(self) -> None:
         if self.max_lag < 0 or self.groups_per_step < 1 or self.updates < 1:
@@ -48,7 +50,7 @@ class Pacing:
     @property
     def limit(self) -> int:
         """Groups that may be alive at once, those of the batch in training included."""
-        return (self.batches_ahead + 1) * self.groups_per_step
+        return (self.batches_ahead + 1) * self.groups_per_step + self.extra
 
     def credits(self, alive: int) -> int:
         """Groups that may be dispatched now.
