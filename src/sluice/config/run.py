@@ -92,6 +92,9 @@ class RunConfig(Part):
     allow_hosts: tuple[str, ...] = ()
     """Hosts that `offline` lets through: a name, `*.name` with all below it, an address, or a network in CIDR
     form."""
+    replay: Path | None = None
+    """Folder of an earlier run whose log is trained instead of new episodes: no engine, filter, reward or evaluation
+    is asked."""
 
     model: ModelConfig
     """The policy."""
@@ -162,6 +165,12 @@ class RunConfig(Part):
                 "gate.on_stale = 'wait' with algorithm.updates_per_batch > 1: each update is a step of lag; "
                 "use gate.on_stale = 'mask_tokens'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _replays_another_run(self) -> Self:
+        if self.replay is not None and self.replay.resolve().is_relative_to(self.folder.resolve()):
+            raise ValueError(f"replay: {self.replay} is this run's own folder; give the run another name")
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from sluice.obs.view import View, make_view
 from sluice.orchestrate.folder import open_folder
 from sluice.orchestrate.inline import InlineRun, evaluate_model
 from sluice.orchestrate.placement import place
+from sluice.orchestrate.replaying import ReplayRun
 from sluice.orchestrate.reporting import report_run
 from sluice.orchestrate.running import run_to_end
 from sluice.orchestrate.setup import embedded_engine, initial_model, load_data
@@ -70,7 +71,8 @@ def _run(config: RunConfig, folder: Path, shown: View, *, resume: bool) -> Summa
     for left in range(config.limits.restarts, -1, -1):
         try:
             with place(config, folder, chosen, shown.log) as placement:
-                return run_to_end(InlineRun(config, folder, shown, resume=resume, placement=placement).run())
+                kind = InlineRun if config.replay is None else ReplayRun
+                return run_to_end(kind(config, folder, shown, resume=resume, placement=placement).run())
         except RanksLost as error:
             if not left:
                 raise
