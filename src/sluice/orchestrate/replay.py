@@ -10,6 +10,7 @@ from typing import Any
 from sluice.checkpoint.store import CheckpointStore
 from sluice.config.data import GateConfig, OnStale, Order
 from sluice.data.gate import Gate
+from sluice.data.pacing import Pacing
 from sluice.errors import ConfigError, DataError
 from sluice.log.lineage import account
 from sluice.log.reader import LogReader
@@ -124,8 +125,8 @@ class ReplayGate(Gate):
     """One batch is alive at a time: nothing is gained by reading ahead, and versions are named when it is read."""
 
     @property
-    def max_alive(self) -> int:
-        return self.groups_per_step
+    def pacing(self) -> Pacing:
+        return Pacing(0, self.groups_per_step)
 
 
 class RecordedStrategy:
