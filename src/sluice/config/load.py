@@ -45,7 +45,9 @@ __all__ = ["FREE_FORM", "PATHS", "load_recipe", "resolved_json", "resolved_toml"
 
 FREE_FORM = frozenset({"params", "architecture", "chat_template_kwargs", "args", "env", "speculative", "labels"})
 """Tables whose keys belong to somebody else's code."""
-PATHS = frozenset({"path", "python", "template", "tools", "command", "verify", "prompt_file", "chat_template"})
+PATHS = frozenset(
+    {"path", "python", "template", "tools", "command", "verify", "prompt_file", "chat_template", "replay"}
+)
 """Keys that hold a file, `file.py:name`, or a list of words some of which may be files. Where `chat_template` is the
 template itself (`model.scratch.tokenizer`), no file has its name."""
 _TOML_PLACE = re.compile(r" \(at line (\d+), column \d+\)")
