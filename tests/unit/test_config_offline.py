@@ -72,6 +72,8 @@ def recipe(**values: Any) -> dict[str, Any]:
     ("values", "expected"),
     [
         ({"rollout": {"engine": "http://gpu7:30000"}}, "rollout.engine reaches gpu7"),
+        ({"placement": {"runtime": "ray", "address": "head.example:6379"}}, "placement.address reaches head.example"),
+        ({"placement": {"runtime": "ray", "address": "ray://head:10001"}}, "placement.address reaches head"),
         ({"rollout": {"engine": "http://[2001:db8::1]:30000"}}, "rollout.engine reaches 2001:db8::1"),
         (
             {"rollout": {"engine": "sglang", "sglang": {"urls": ["http://localhost:1", "https://a.example"]}}},

@@ -60,6 +60,13 @@ def _address_or_empty(value: str) -> str:
     return address if value else value
 
 
+def _cluster_address(value: str) -> str:
+    if value in ("", "auto"):
+        return value
+    _address_or_empty(value.removeprefix("ray://"))
+    return AddressText(value)
+
+
 Url = Annotated[str, AfterValidator(_url)]
 """An http or https URL. Every field that holds one has this type (`Url | None`, `tuple[Url, ...]`), so that
 `offline` finds it."""
@@ -67,5 +74,7 @@ UrlOrName = Annotated[str, AfterValidator(_url_or_name)]
 """A URL, or one of the field's own words."""
 OptionalAddress = Annotated[str, AfterValidator(_address_or_empty)]
 """`host:port` of another process, or empty."""
-ADDRESS_TYPES = frozenset({_url, _url_or_name, _address_or_empty})
+ClusterAddress = Annotated[str, AfterValidator(_cluster_address)]
+"""A Ray cluster: `auto`, `host:port`, `ray://host:port`, or empty."""
+ADDRESS_TYPES = frozenset({_url, _url_or_name, _address_or_empty, _cluster_address})
 """The validators that mark a field as an address."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sluice.config.base import Part
+from sluice.config.base import ClusterAddress, Part
 
 
 class PlacementConfig(Part):
@@ -15,7 +15,7 @@ class PlacementConfig(Part):
     runtime: Literal["inline", "ray"] = "inline"
     """`inline`: the run's process, with servers and ranks as its children. `ray`: servers and ranks are actors that a
     Ray cluster places."""
-    address: str = ""
+    address: ClusterAddress = ""
     """Ray cluster to attach to: `auto`, `host:port` or `ray://host:port`. Empty attaches to the cluster of the Ray job
     the run is in, if it is in one, and else starts a local one that ends with the run."""
     ready_seconds: float = Field(default=300.0, gt=0)
