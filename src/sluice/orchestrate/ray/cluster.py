@@ -38,7 +38,7 @@ def cluster(config: PlacementConfig, *, cpus: int) -> Iterator[None]:
         raise ConfigError(
             "this process is connected to a Ray cluster already", hint="call ray.shutdown() before, or use the command"
         )
-    address = config.address or os.environ.get("RAY_ADDRESS", "")
+    address = str(config.address) or os.environ.get("RAY_ADDRESS", "")  # Ray takes no subclass of str
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "sluice"}
     if address:
         _refuse_if_nobody_listens(address)
