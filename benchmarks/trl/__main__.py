@@ -45,8 +45,8 @@ DEVIATIONS = (
     "Sluice samples with its embedded engine: continuous batching, prompts of a group computed once.",
     "Sampling noise differs: TRL's is torch's global generator, Sluice's is keyed by (seed, prompt, sample, position).",
     "TRL trains an update in padded micro-batches of --micro-batch answers, Sluice in packed ones of 8,192 tokens and "
-    "without a backward pass for groups whose answers are all right or all wrong: their gradient is exactly 0. A prompt "
-    "that answers share is computed once. Neither checkpoints activations.",
+    "without a backward pass for groups whose answers are all right or all wrong: their gradient is exactly 0. "
+    "A prompt that answers share is computed once. Neither checkpoints activations.",
     "Sluice also appends every episode, reward and disposition to its durable log, publishes checksummed weights, and "
     "measures entropy and the sampler's mismatch in every update. TRL logs means of every tenth update.",
     "TRL's defaults that cost time and have no counterpart are off: bf16 and gradient checkpointing. AdamW and the "
