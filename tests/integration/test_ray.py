@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import ray
 from tests.tiny import tiny
 
 from sluice.config import RunConfig
@@ -166,19 +165,6 @@ def running() -> Iterator[str]:
             for process in tree:
                 if process.is_running():
                     process.kill()
-
-
-def test_a_cluster_that_runs_is_left_as_it_was(tmp_path: Path, running: str) -> None:
-    config = recipe(tmp_path, "ray", steps=2)
-    config = config.model_copy(update={"placement": config.placement.model_copy(update={"address": running})})
-    api.train(config, view=NullView())
-    assert len(logged(config)) >= 2 * 4 * 4
-    ray.init(address=running, log_to_driver=False)
-    try:
-        assert ray.cluster_resources()["CPU"] == 4
-        assert ray.available_resources()["CPU"] == 4
-    finally:
-        ray.shutdown()
 
 
 def test_what_a_cluster_does_not_have(tmp_path: Path, running: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -61,6 +62,7 @@ def cluster(config: PlacementConfig, *, cpus: int) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # a handle that outlives its cluster ends the actor of the same number in the next one
         ray.shutdown()
 
 
