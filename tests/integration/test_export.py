@@ -127,6 +127,16 @@ def test_overwrite_replaces_a_model_and_nothing_else(run: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"], "nothing is left beside it"
 
 
+@pytest.mark.parametrize("kept", ["checkpoints/step-000002/model", "model-init", "model-sft", "checkpoints/new"])
+def test_what_the_run_resumes_from_is_never_replaced(
+    run: Path, tmp_path: Path, kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(run), "--out", str(run / kept), "--dtype", "float16", "--overwrite"]
+    assert "keeps its own model" in refused(words, capsys, 2)
+    assert not (run / "checkpoints/new").exists()
+    export(run, tmp_path / "model", step=2)
+
+
 def refused(words: list[str], capsys: pytest.CaptureFixture[str], code: int) -> str:
     assert cli.run(["export", *words]) == code
     return " ".join(capsys.readouterr().err.split())

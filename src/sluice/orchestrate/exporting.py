@@ -16,6 +16,9 @@ from sluice.models.build import load_tokenizer
 from sluice.models.convert import SHARD_BYTES, ExportDType, convert_model, set_turn_ends
 from sluice.rollout.chat.renderer import ChatRenderer
 
+_KEPT = ("checkpoints", "log", "model-init", "model-sft", "model-dpo")
+"""What a run resumes from, in its folder."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exported:
@@ -118,6 +121,8 @@ def _check_target(out: Path, run: Path, *, overwrite: bool) -> None:
     here, there = out.resolve(), run.resolve()
     if here == there or here in there.parents:
         raise ConfigError(f"--out {out} would replace {run} itself", hint="choose another folder")
+    if any((run / kept).resolve() in (here, *here.parents) for kept in _KEPT):
+        raise ConfigError(f"--out {out} is where {run} keeps its own model", hint="choose another folder")
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
