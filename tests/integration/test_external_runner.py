@@ -16,6 +16,7 @@ from sluice.obs.summary import Summary
 from sluice.obs.view import NullView
 from sluice.orchestrate.folder import open_folder
 from sluice.orchestrate.inline import InlineRun
+from sluice.orchestrate.placement import place
 from sluice.types import Outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -44,7 +45,11 @@ def run_with(run: RunConfig, client: Any) -> Summary:
     async def both() -> Summary:
         watch = Watch()
         folder = open_folder(run, resume=False, overwrite=False)
-        training = asyncio.ensure_future(InlineRun(run, folder, watch, resume=False).run())
+        with place(run, folder, "cpu", watch.log) as placement:
+            training = asyncio.ensure_future(InlineRun(run, folder, watch, resume=False, placement=placement).run())
+            return await attended(watch, training)
+
+    async def attended(watch: Watch, training: asyncio.Future[Summary]) -> Summary:
         async with asyncio.timeout(240):
             await asyncio.wait({training, watch.url}, return_when=asyncio.FIRST_COMPLETED)
             headers = {"Authorization": f"Bearer {OWNER}"}

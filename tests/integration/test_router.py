@@ -356,8 +356,16 @@ def test_no_environment_names_the_command(tmp_path: Path) -> None:
     assert "sluice engines install sglang" in error.hint
 
 
+def bare_python(folder: Path, site: Path | None = None) -> Path:
+    """An interpreter that sees no installed package but those of `site`."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={site or ""} exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
 def test_an_interpreter_without_smg_is_refused(tmp_path: Path) -> None:
-    error = refused(tmp_path, RouterConfig(), python=Path(sys.executable))
+    error = refused(tmp_path, RouterConfig(), python=bare_python(tmp_path))
     assert isinstance(error, CapabilityError)
     assert "has no router (smg)" in str(error)
 
@@ -368,10 +376,7 @@ def test_the_old_router_is_refused_with_the_reason(tmp_path: Path) -> None:
     (site / "sglang_router-0.3.2.dist-info").mkdir(parents=True)
     text = "Metadata-Version: 2.1\nName: sglang-router\nVersion: 0.3.2\n"
     (site / "sglang_router-0.3.2.dist-info" / "METADATA").write_text(text)
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    error = refused(tmp_path, RouterConfig(), python=python)
+    error = refused(tmp_path, RouterConfig(), python=bare_python(tmp_path, site))
     assert isinstance(error, CapabilityError)
     assert "silently drops return_routed_experts" in str(error)
 

@@ -35,7 +35,7 @@ STUBBORN = """
 import os, signal, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = os.fork()
-print("child" if child == 0 else f"parent {child}", flush=True)
+os.write(1, b"child\\n" if child == 0 else f"parent {child}\\n".encode())
 signal.pause()
 """
 
