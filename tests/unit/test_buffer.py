@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sluice.config.data import GateConfig, OnStale, Order
+from sluice.data import buffer as buffer_module
 from sluice.data.buffer import Buffer
 from sluice.data.filters import equal_rewards, too_few_valid
 from sluice.data.gate import Gate
@@ -324,3 +326,36 @@ def test_over_sampling_trains_what_finishes_first_and_carries_the_rest_over() ->
     finish(0)
     assert batch() == [requests[4].id, requests[0].id], "what was carried over comes before what finished later"
     assert [request.id for request, _ in one.unfinished()] == [requests[5].id]
+
+
+@pytest.mark.parametrize("order", Order)
+def test_what_an_episode_costs_does_not_depend_on_the_groups_alive(order: Order) -> None:
+    """Counted in lines of the buffer that are run, so that no clock decides: with 1,000 engines thousands are alive."""
+
+    def lines(lag: int) -> int:
+        one = buffer(GateConfig(max_lag=lag, order=order), filters=[equal_rewards(1e-6)], groups_per_step=4)
+        requests = [one.request() for _ in range(one.want())]
+        for request in requests[::2]:
+            one.add(scored(request, 0, reward=0.0))
+        count = 0
+
+        def trace(frame, event, _):
+            nonlocal count
+            inside = frame.f_code.co_filename == buffer_module.__file__
+            count += inside and event == "line"
+            return trace if inside else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            for request in requests[:2]:
+                for sample in range(request.n):
+                    if (request, sample) != (requests[0], 0):
+                        one.add(scored(request, sample, reward=float(sample)))
+                    one.ready()
+        finally:
+            sys.settrace(before)
+        assert one.alive == (lag + 1) * 4
+        return count
+
+    assert 0 < lines(400) <= lines(10)

@@ -9,10 +9,14 @@ A pure state machine: it neither waits nor logs nor generates. The loop asks `wa
 In dispatch order groups are settled (filters asked, strategy told) strictly one after the other in the
 order they were requested, so refills and curricula do not depend on which episode happens to finish
 first: at lag 0 a run is reproducible. In completion order a group is settled when it is complete.
+
+What an episode costs does not depend on how many groups are alive: with a thousand engines they are thousands.
 """
 
 from __future__ import annotations
 
+import bisect
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -72,6 +76,10 @@ class Buffer:
         self._filters = filters
         self._in_order = gate.config.effective_order is Order.DISPATCH
         self._slots: dict[str, _Slot] = {}
+        self._turn: deque[_Slot] = deque()
+        """Groups to be settled: those asked for, in dispatch order; else those complete."""
+        self._settled: list[_Slot] = []
+        """Groups that may be taken, in the order they are to be trained."""
         self._again: list[GroupRequest] = []
         self._next_ordinal = 0
         self._completed = 0
@@ -92,7 +100,9 @@ class Buffer:
         prompt, n = (again.prompt, again.n) if again else self._strategy.next()
         request = GroupRequest(self._next_ordinal, prompt, n, self._sampling)
         self._next_ordinal += 1
-        self._slots[request.id] = _Slot(request)
+        self._slots[request.id] = slot = _Slot(request)
+        if self._in_order:
+            self._turn.append(slot)
         return request
 
     def add(self, scored: Scored) -> list[Dropped]:
@@ -111,24 +121,27 @@ class Buffer:
         slot.state = State.COMPLETE
         slot.completed_at = self._completed
         self._completed += 1
+        if not self._in_order:  # others are there after a resume in another order
+            bisect.insort(self._turn, slot, key=lambda slot: slot.request.ordinal)
         return self._settle()
 
     def _settle(self) -> list[Dropped]:
         """Ask the filters about every complete group whose turn it is."""
         dropped: list[Dropped] = []
-        for id, slot in list(self._slots.items()):
-            if slot.state is State.REQUESTED and self._in_order:
-                break
-            if slot.state is not State.COMPLETE:
+        while self._turn and self._turn[0].state is not State.REQUESTED:
+            slot = self._turn.popleft()
+            if slot.state is State.SETTLED:  # before a resume in another order
+                self._release(slot)
                 continue
             group = slot.group()
             self._strategy.observe(group)
             reason = next((reason for judge in self._filters if (reason := judge(group))), "")
             if not reason:
                 slot.state = State.SETTLED
+                self._release(slot)
                 self._dropped_in_a_row = 0
                 continue
-            del self._slots[id]
+            del self._slots[group.id]
             dropped.append(Dropped(group, reason))
             self._dropped_in_a_row += 1
         limit = self._gate.config.refill_limit * self._gate.groups_per_step
@@ -140,28 +153,35 @@ class Buffer:
             )
         return dropped
 
-    def _releasable(self) -> list[_Slot]:
-        """Settled groups in the order they are to be trained."""
-        waiting = [slot for slot in self._slots.values() if slot.state is not State.TAKEN]
-        if not self._in_order:
-            settled = [slot for slot in waiting if slot.state is State.SETTLED]
-            return sorted(settled, key=lambda slot: slot.completed_at)
-        head: list[_Slot] = []
-        for slot in waiting:
-            if slot.state is not State.SETTLED:
-                break
-            head.append(slot)
-        return head
+    def _release(self, slot: _Slot) -> None:
+        """Put a settled group where it is to be trained."""
+        if self._in_order:
+            self._settled.append(slot)
+        else:
+            bisect.insort(self._settled, slot, key=lambda slot: slot.completed_at)
+
+    def _index(self) -> None:
+        """Work out anew whose turn it is, from the groups alive and their states."""
+        alive = [slot for slot in self._slots.values() if slot.state is not State.TAKEN]
+        self._turn.clear()
+        self._settled.clear()
+        for slot in alive:
+            free = slot.state is State.SETTLED and not (self._in_order and self._turn)
+            if free:
+                self._release(slot)
+            elif self._in_order or slot.state is State.COMPLETE:
+                self._turn.append(slot)
 
     def ready(self) -> bool:
         """Whether a whole batch can be taken."""
-        return len(self._releasable()) >= self._gate.groups_per_step
+        return len(self._settled) >= self._gate.groups_per_step
 
     def take(self) -> list[Group]:
         """The groups of the next batch. They keep their slots until `trained`."""
-        slots = self._releasable()[: self._gate.groups_per_step]
-        if len(slots) < self._gate.groups_per_step:
+        if not self.ready():
             raise DataError("take() before ready(): no whole batch is settled")
+        slots = self._settled[: self._gate.groups_per_step]
+        del self._settled[: self._gate.groups_per_step]
         for slot in slots:
             slot.state = State.TAKEN
         return [slot.group() for slot in slots]
@@ -185,6 +205,7 @@ class Buffer:
             del self._slots[id]
             self._again.append(slot.request)
             left += slot.finished.values()
+        self._index()
         return left
 
     def unfinished(self) -> list[tuple[GroupRequest, list[int]]]:
@@ -255,3 +276,4 @@ class Buffer:
                 {id: episodes[id] for id in saved["finished"]},
                 int(saved["completed_at"]),
             )
+        self._index()
