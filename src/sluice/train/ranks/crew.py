@@ -1,4 +1,4 @@
-"""Ranks as child processes: started together, called together, ended together. Nothing here knows what a rank does.
+"""Ranks that are started, called and ended together, as child processes. Nothing here knows what a rank does.
 
 call ──► all ranks ──► all answers
            │ one fails, dies or misses the deadline
@@ -14,46 +14,47 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any
 
 from sluice.errors import RanksLost, SluiceError, TrainError
+from sluice.train.ranks.calls import Failure
 
 GRACE_SECONDS = 5.0
 """After a first failure is known: how long others may still tell theirs, which may have come before it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An exception of a rank.
-
-    Attributes:
-        at: Unix time.
-        text, hint: what it says.
-        kind: its class.
-        traceback: as it is printed.
-    """
-
-    at: float
-    text: str
-    hint: str
-    kind: type[BaseException]
-    traceback: str
-
-
-class Crew(Protocol):
+class Crew(ABC):
     """All ranks of one trainer."""
 
+    def __init__(self) -> None:
+        self._ended = ""
+
     @property
+    @abstractmethod
     def size(self) -> int: ...
 
+    @abstractmethod
     def meeting(self, folder: Path) -> str:
         """Where the ranks find each other, new each time: a file in `folder`, or `tcp://host:port` of rank 0."""
-        ...
+
+    @abstractmethod
+    def _send(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> dict[Any, int]:
+        """Begin a call at every rank. Returns what its answer is waited for at, with the rank."""
+
+    @abstractmethod
+    def _receive(self, calls: Mapping[Any, int], seconds: float) -> dict[Any, Any]:
+        """Answers to some of `calls`, results and failures; none when nothing came within `seconds`."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """End what still runs. Harmless when repeated."""
 
     def call(self, method: str, arguments: Sequence[tuple[Any, ...]], *, seconds: float) -> list[Any]:
         """Call `method` at every rank with its arguments; their answers, by rank.
@@ -61,11 +62,31 @@ class Crew(Protocol):
         Raises:
             TrainError: a rank failed, died or did not answer in time: the first failure. All ranks are ended.
         """
-        ...
+        if self._ended:
+            raise TrainError(f"the ranks were ended: {self._ended}", hint="start the run again with --resume")
+        calls = self._send(method, arguments)
+        deadline = time.monotonic() + seconds
+        answers: dict[int, Any] = {}
+        failures: dict[int, Failure] = {}
+        while calls and (found := self._receive(calls, max(0.0, deadline - time.monotonic()))):
+            for call, answer in found.items():
+                rank = calls.pop(call)
+                if not isinstance(answer, Failure):
+                    answers[rank] = answer
+                    continue
+                failures[rank] = answer
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if len(answers) == self.size:
+            return [answers[rank] for rank in range(self.size)]
+        missing = sorted(calls.values())
+        self._ended = f"rank {min(failures or missing)} failed"
+        self._end()
+        raise first_failure(failures, method, missing, seconds)
 
     def close(self) -> None:
         """End all ranks. Harmless when repeated."""
-        ...
+        self._ended = self._ended or "the trainer was closed"
+        self._end()
 
 
 @dataclass(slots=True)
@@ -75,7 +96,19 @@ class _Child:
     connection: Connection
     log: Path
 
-    def died(self) -> str:
+    def answer(self) -> Any:
+        """The next one: a result or a failure, its death too."""
+        try:
+            answer = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            self.process.wait(timeout=GRACE_SECONDS)
+            return Failure(time.time(), self._died(), "", ProcessLookupError, "")
+        if isinstance(answer, Failure) and not answer.hint:
+            hint = f"its output is in {self.log}; all ranks were ended: mend that and go on with --resume"
+            return replace(answer, hint=hint)
+        return answer
+
+    def _died(self) -> str:
         """How it ended, when it did."""
         code = self.process.poll()
         if code is None:
@@ -84,7 +117,7 @@ class _Child:
         return f"{how}; its output is in {self.log}"
 
 
-class ProcessCrew:
+class ProcessCrew(Crew):
     """See `Crew`.
 
     Args:
@@ -94,9 +127,9 @@ class ProcessCrew:
     """
 
     def __init__(self, size: int, folder: Path, environment: Sequence[dict[str, str]]) -> None:
+        super().__init__()
         folder.mkdir(parents=True, exist_ok=True)
         self._children: list[_Child] = []
-        self._ended = ""
         try:
             for rank in range(size):
                 self._children.append(_start(rank, folder / f"rank-{rank}.log", environment[rank]))
@@ -116,45 +149,18 @@ class ProcessCrew:
     def pids(self) -> list[int]:
         return [child.process.pid for child in self._children]
 
-    def call(self, method: str, arguments: Sequence[tuple[Any, ...]], *, seconds: float) -> list[Any]:
-        """See `Crew.call`."""
-        if self._ended:
-            raise TrainError(f"the ranks were ended: {self._ended}", hint="start the run again with --resume")
+    def _send(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> dict[Any, int]:
         messages = [_pickled(method, each) for each in arguments]
         for child, message in zip(self._children, messages, strict=True):
-            try:
+            with suppress(OSError):  # it is dead: told when its answer is read, with how
                 child.connection.send_bytes(message)
-            except OSError:  # it is dead: told below, with how
-                continue
-        return self._answers(method, time.monotonic() + seconds, seconds)
+        return {child.connection: child.rank for child in self._children}
 
-    def _answers(self, method: str, deadline: float, seconds: float) -> list[Any]:
-        answers: dict[int, Any] = {}
-        failures: dict[int, Failure] = {}
-        while len(answers) < self.size:
-            left = {child.connection: child for child in self._children if child.rank not in answers.keys() | failures}
-            ready = wait(list(left), timeout=max(0.0, deadline - time.monotonic())) if left else []
-            if not ready:
-                break
-            for connection in ready:
-                child = left[connection]  # type: ignore[index]
-                answer = _receive(child)
-                if isinstance(answer, Failure):
-                    if not failures:
-                        deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-                    failures[child.rank] = answer
-                else:
-                    answers[child.rank] = answer
-        if len(answers) == self.size:
-            return [answers[rank] for rank in range(self.size)]
-        missing = sorted({child.rank for child in self._children} - answers.keys() - failures.keys())
-        self._ended = f"rank {min(failures, default=missing[0] if missing else 0)} failed"
-        self.close()
-        raise first_failure(failures, method, missing, seconds)
+    def _receive(self, calls: Mapping[Any, int], seconds: float) -> dict[Any, Any]:
+        return {ready: self._children[calls[ready]].answer() for ready in wait(list(calls), timeout=seconds)}
 
-    def close(self) -> None:
-        """End what still runs: the connections close, and with them the ranks; SIGKILL for one that does not follow."""
-        self._ended = self._ended or "the trainer was closed"
+    def _end(self) -> None:
+        """The connections close, and with them the ranks; SIGKILL for one that does not follow."""
         for child in self._children:
             child.connection.close()
         for child in self._children:
@@ -220,15 +226,3 @@ def _pickled(method: str, arguments: tuple[Any, ...]) -> bytes:
             f"what {method!r} needs cannot be sent to the ranks: {error}",
             hint="define the algorithm at the top level of its file, without lambdas or open files in it",
         ) from error
-
-
-def _receive(child: _Child) -> Any:
-    try:
-        answer = pickle.loads(child.connection.recv_bytes())
-        if isinstance(answer, Failure) and not answer.hint:
-            hint = f"its output is in {child.log}; all ranks were ended: mend that and go on with --resume"
-            return replace(answer, hint=hint)
-        return answer
-    except (EOFError, OSError):
-        child.process.wait(timeout=GRACE_SECONDS)
-        return Failure(time.time(), child.died(), "", ProcessLookupError, "")

@@ -11,20 +11,9 @@ import pickle
 import queue
 import sys
 import threading
-import time
-import traceback
 from multiprocessing.connection import Connection
-from typing import Any
 
-from sluice.errors import SluiceError
-from sluice.train.ranks.crew import Failure
-
-
-def failure(error: BaseException) -> Failure:
-    """What the controller is told of an exception."""
-    hint = error.hint if isinstance(error, SluiceError) else ""
-    text = str(error.args[0]) if isinstance(error, SluiceError) else f"{type(error).__name__}: {error}"
-    return Failure(time.time(), text, hint, type(error), traceback.format_exc())
+from sluice.train.ranks.calls import Dispatcher, Failure, outcome
 
 
 def read_calls(connection: Connection, calls: queue.SimpleQueue[bytes]) -> None:
@@ -40,24 +29,12 @@ def main() -> None:
     connection = Connection(int(sys.argv[1]))
     calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=read_calls, args=(connection, calls), daemon=True).start()
-    worker: Any = None
+    dispatcher = Dispatcher()
     while True:
-        try:
-            method, arguments = pickle.loads(calls.get())
-            if method == "begin":
-                from sluice.train.ranks.worker import RankWorker
-
-                worker = RankWorker(*arguments)
-                answer: Any = None
-            else:
-                answer = getattr(worker, method)(*arguments)
-        except Exception as error:  # noqa: BLE001  (told to the controller, which raises it)
-            traceback.print_exc()
-            connection.send_bytes(pickle.dumps(failure(error)))
-            continue
+        answer = outcome(lambda: dispatcher.call(*pickle.loads(calls.get())))
+        if isinstance(answer, Failure):
+            print(answer.traceback, end="", file=sys.stderr, flush=True)
         connection.send_bytes(pickle.dumps(answer))
-        if method == "close":
-            return
 
 
 if __name__ == "__main__":

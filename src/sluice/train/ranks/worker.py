@@ -146,9 +146,6 @@ class RankWorker:
         """Bytes of this rank: of the accelerator, or resident on a CPU."""
         return devices.peak_memory(self._trainer.model.device.type)
 
-    def close(self) -> None:
-        dist.destroy_process_group()
-
 
 def _store(spec: RankSpec) -> Store:
     host, _, port = spec.meeting.removeprefix("tcp://").rpartition(":")

@@ -1,0 +1,54 @@
+"""A call at a rank: made there, and answered with its result or its failure."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sluice.errors import SluiceError
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception of a rank.
+
+    Attributes:
+        at: Unix time.
+        text, hint: what it says.
+        kind: its class.
+        traceback: as it is printed.
+    """
+
+    at: float
+    text: str
+    hint: str
+    kind: type[BaseException]
+    traceback: str
+
+
+def outcome(work: Callable[[], Any]) -> Any:
+    """What `work` returns. A failure is an answer too, so that the first one can be told from what follows."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001  (told to the controller, which raises it)
+        hint = error.hint if isinstance(error, SluiceError) else ""
+        text = str(error.args[0]) if isinstance(error, SluiceError) else f"{type(error).__name__}: {error}"
+        return Failure(time.time(), text, hint, type(error), traceback.format_exc())
+
+
+class Dispatcher:
+    """Makes the `RankWorker` of this process when the method is `begin`, and calls it afterwards."""
+
+    def __init__(self) -> None:
+        self._worker: Any = None
+
+    def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        if method != "begin":
+            return getattr(self._worker, method)(*arguments)
+        from sluice.train.ranks.worker import RankWorker
+
+        self._worker = RankWorker(*arguments)
+        return None
