@@ -13,6 +13,7 @@ from ray.util import get_node_ip_address
 from sluice.errors import EngineError, SluiceError
 from sluice.orchestrate.ray.cluster import Room
 from sluice.rollout.engines.sglang.hosting import Launches
+from sluice.rollout.engines.sglang.launch import HOST
 from sluice.rollout.engines.sglang.member import Process, Running
 
 STOP_SECONDS = 30.0
@@ -25,9 +26,13 @@ class ServerShell:
     def __init__(self) -> None:
         self._process: Process | None = None
 
-    async def start(self, launcher: Launches[Any], spec: Any, host: str) -> tuple[str, int | None]:
+    async def address(self) -> str:
+        """Of this node."""
+        return get_node_ip_address()
+
+    async def start(self, launcher: Launches[Any], spec: Any) -> tuple[str, int | None]:
         """URL and bootstrap port of a server that answers."""
-        running = await launcher.on(host or get_node_ip_address()).start(spec)
+        running = await launcher.start(spec)
         self._process = running.process
         return running.url, running.bootstrap_port
 
@@ -101,9 +106,9 @@ class RayHosts:
         name = spec if isinstance(spec, str) else spec.name
         number = self._numbers.setdefault(name, len(self._numbers))
         actor = ServerActor.options(**self._room.place(self._first + number)).remote()
-        host = "127.0.0.1" if len(ray.nodes()) == 1 else ""
         try:
-            url, bootstrap_port = await actor.start.remote(launcher.on("127.0.0.1"), spec, host)
+            host = HOST if len(ray.nodes()) == 1 else str(await actor.address.remote())
+            url, bootstrap_port = await actor.start.remote(launcher.on(host), spec)
         except RayTaskError as error:
             ray.kill(actor)
             cause: Any = error.cause

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sluice.config.rollout import RolloutConfig
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
-from sluice.rollout.engines.sglang.hosting import Here, Hosts, Needs
+from sluice.rollout.engines.sglang.hosting import Here, Hosts
 from sluice.rollout.engines.sglang.launch import HOST, answers
 from sluice.rollout.engines.sglang.make import spreader
 from sluice.rollout.engines.sglang.member import Member, Running
@@ -37,10 +37,6 @@ class EmbeddedLauncher:
     folder: Path
     device: str
     host: str = HOST
-
-    def needs(self, spec: str) -> Needs:
-        """See `Launches`."""
-        return Needs(self.config.embedded.threads, 0 if self.device == "cpu" else 1)
 
     def on(self, host: str) -> EmbeddedLauncher:
         """See `Launches`."""

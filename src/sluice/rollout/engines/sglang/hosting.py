@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from sluice.rollout.engines.sglang.member import Running
@@ -11,21 +10,11 @@ S = TypeVar("S", contravariant=True)
 """What a launcher knows a server by."""
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What one server occupies."""
-
-    cpus: float
-    accelerators: int
-
-
 class Launches(Protocol[S]):
-    """A launcher of servers, such as `sglang.launch.Launcher`. It can be sent to another process."""
-
-    def needs(self, spec: S, /) -> Needs: ...
+    """A launcher of servers, such as `sglang.launch.Launcher`."""
 
     def on(self, host: str) -> Launches[S]:
-        """The same for servers that listen on this address and whose progress nobody is told."""
+        """The same for servers that listen on this address, and whose progress nobody is told: it can be sent."""
         ...
 
     async def start(self, spec: S, /) -> Running:

@@ -12,7 +12,6 @@ import httpx
 
 from sluice.config.sglang import EngineGroup, Flag, SGLangConfig
 from sluice.errors import ConfigError, EngineError
-from sluice.rollout.engines.sglang.hosting import Needs
 from sluice.rollout.engines.sglang.member import Running
 from sluice.rollout.process import ManagedProcess, flags, reserve_port, start_on_port
 from sluice_engine import cpu, environments
@@ -96,11 +95,6 @@ class Launcher:
     context_length: int | None = None
     progress: Callable[[str], None] | None = None
     host: str = HOST
-
-    def needs(self, spec: Spec) -> Needs:
-        """See `Launches`."""
-        size = spec.group.tp * spec.group.pp * spec.group.dp
-        return Needs(1, 0) if self.build == "cpu" else Needs(1, size)
 
     def on(self, host: str) -> Launcher:
         """See `Launches`."""
