@@ -116,6 +116,7 @@ def passes(layers: Any, pack: Pack) -> list[Pass]:
 
 
 def _in_one(layers: Any) -> bool:
+    """Whether the layers run all samples of a pack in one pass."""
     return layers.config._attn_implementation == PACKED_ATTENTION
 
 
@@ -157,8 +158,7 @@ class PackedModel:
     @property
     def alone(self) -> bool:
         """Whether the layers run one sample at a time: then ranks that meet in them must have as many samples each."""
-        config: Any = self._backbone.config
-        return config._attn_implementation != PACKED_ATTENTION
+        return not _in_one(self._backbone)
 
     def rest(self) -> None:
         """After passes without gradient of a sharded model: see `sharding.rest`."""
