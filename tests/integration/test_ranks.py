@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,12 @@ def ranks(
     size: int, model: Path, folder: Path, settings: TrainConfig, frozen: Mapping[str, Path] | None = None
 ) -> Iterator[RankedTrainer]:
     crew = ProcessCrew(size, folder / f"ranks-{size}", [{"OMP_NUM_THREADS": "1"}] * size)
-    trainer = None
-    try:
-        trainer = RankedTrainer(
-            crew, settings, model, total_steps=10, seed=0, devices=["cpu"] * size, scratch=folder / "scratch",
-            frozen=frozen, threads=1,
-        )  # fmt: skip
+    trainer = RankedTrainer(
+        crew, settings, model, total_steps=10, seed=0, devices=["cpu"] * size, scratch=folder / "scratch",
+        frozen=frozen, threads=1,
+    )  # fmt: skip
+    with closing(trainer):
         yield trainer
-    finally:
-        if trainer is not None:
-            trainer.close()
-        crew.close()
     assert not any(psutil.pid_exists(pid) for pid in crew.pids)
     assert list((folder / "scratch").iterdir()) == []
 

@@ -57,13 +57,13 @@ class Trainers:
         home = self.folder.absolute() / "ranks" / name
         shutil.rmtree(home / "scratch", ignore_errors=True)  # of a controller that was killed
         threads = self.threads or max(1, (os.cpu_count() or 1) // config.ranks)
-        with closing(self._crew(config.ranks, home, threads)) as crew:
-            trainer = RankedTrainer(
-                crew, config, model, total_steps=total_steps, seed=seed, devices=places, scratch=home / "scratch",
-                frozen=frozen, threads=threads,
-            )  # fmt: skip
-            with closing(trainer):
-                yield trainer
+        crew = self._crew(config.ranks, home, threads)
+        trainer = RankedTrainer(
+            crew, config, model, total_steps=total_steps, seed=seed, devices=places, scratch=home / "scratch",
+            frozen=frozen, threads=threads,
+        )  # fmt: skip
+        with closing(trainer):
+            yield trainer
 
     @property
     def _alone(self) -> bool:

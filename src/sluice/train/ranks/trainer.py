@@ -30,7 +30,7 @@ class RankedTrainer:
     and figures are put together here from what each rank tells of its tokens, so neither depends on the split.
 
     Args:
-        crew: the ranks, started and not begun.
+        crew: the ranks, started and not begun; they end with the trainer, or when it cannot be made.
         config, model_folder, total_steps, seed, frozen: see `TorchTrainer`.
         devices: of each rank.
         scratch: folder that all ranks and this process see; for the meeting of the ranks and for weights on their way.
@@ -63,16 +63,16 @@ class RankedTrainer:
         self._alone: dict[str, bool] = {}
         # It stays as long as the ranks do: NCCL meets there at the first collective call, and looks in later on.
         self._meeting = tempfile.TemporaryDirectory(prefix="meeting-", dir=self._scratch)
-        where = crew.meeting(Path(self._meeting.name))
         there = {name: path.absolute() for name, path in (frozen or {}).items()}
-        specs = [
-            RankSpec(
-                rank, crew.size, where, config, model_folder.absolute(), total_steps, seed, device, there,
-                loaded_files(), threads,
-            )
-            for rank, device in enumerate(devices)
-        ]  # fmt: skip
         try:
+            where = crew.meeting(Path(self._meeting.name))
+            specs = [
+                RankSpec(
+                    rank, crew.size, where, config, model_folder.absolute(), total_steps, seed, device, there,
+                    loaded_files(), threads,
+                )
+                for rank, device in enumerate(devices)
+            ]  # fmt: skip
             self._call("begin", [(spec,) for spec in specs])
         except BaseException:
             self.close()
