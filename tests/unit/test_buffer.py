@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.buffer_cases import SAMPLING, prompts, scored
 
 from sluice.config.data import GateConfig, OnStale, Order
 from sluice.data import buffer as buffer_module
@@ -20,45 +21,12 @@ from sluice.data.gate import Gate
 from sluice.data.strategy import CurriculumStrategy, GroupStrategy
 from sluice.errors import DataError
 from sluice.types import (
-    Author,
-    Episode,
     Group,
     GroupRequest,
-    Message,
     Outcome,
-    Prompt,
-    Reward,
-    SamplingParams,
     Scored,
-    Segment,
-    Turn,
     Version,
-    VersionSpan,
-    expand,
-    observed,
 )
-
-SAMPLING = SamplingParams()
-
-
-def prompts(n: int, prefix: str = "p") -> list[Prompt]:
-    return [Prompt(f"{prefix}{i}", "t", (Message("user", str(i)),)) for i in range(n)]
-
-
-def scored(request: GroupRequest, sample: int, version: int = 0, reward: float | None = None) -> Scored:
-    """A finished episode; by default half of the groups have equal rewards."""
-    if reward is None:
-        reward = float((sample + request.ordinal) % 2) if request.ordinal % 2 else 1.0
-    turn = Turn(
-        Author.SAMPLED,
-        np.array([5, 6], np.int32),
-        logprobs=np.zeros(2, np.float32),
-        spans=(VersionSpan(0, 2, Version(version)),),
-        sampling=SAMPLING,
-    )
-    segment = Segment((observed([1]), turn))
-    episode = Episode(request.episode_id(sample), request.id, request.prompt, (segment,), Outcome.COMPLETED)
-    return Scored(episode, Reward({"r": reward}, {"r": 1.0}), expand(episode))
 
 
 def buffer(config: GateConfig, *, filters=(), strategy=None, groups_per_step: int = 3) -> Buffer:

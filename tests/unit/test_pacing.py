@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from tests.unit.buffer_cases import SAMPLING, prompts, scored
 
 from sluice.config.data import GateConfig, OnStale, Order
 from sluice.data.buffer import Buffer
@@ -18,38 +18,9 @@ from sluice.data.pacing import Pacing
 from sluice.data.strategy import GroupStrategy
 from sluice.errors import DataError
 from sluice.types import (
-    Author,
-    Episode,
     GroupRequest,
-    Message,
-    Outcome,
-    Prompt,
-    Reward,
-    SamplingParams,
     Scored,
-    Segment,
-    Turn,
-    Version,
-    VersionSpan,
-    expand,
-    observed,
 )
-
-SAMPLING = SamplingParams()
-PROMPTS = [Prompt(f"p{i}", "t", (Message("user", str(i)),)) for i in range(7)]
-
-
-def finished(request: GroupRequest, sample: int, version: int, reward: float) -> Scored:
-    turn = Turn(
-        Author.SAMPLED,
-        np.array([5, 6], np.int32),
-        logprobs=np.zeros(2, np.float32),
-        spans=(VersionSpan(0, 2, Version(version)),),
-        sampling=SAMPLING,
-    )
-    segment = Segment((observed([1]), turn))
-    episode = Episode(request.episode_id(sample), request.id, request.prompt, (segment,), Outcome.COMPLETED)
-    return Scored(episode, Reward({"r": reward}, {"r": 1.0}), expand(episode))
 
 
 class World:
@@ -65,7 +36,7 @@ class World:
         self.buffer = self.fresh()
 
     def fresh(self) -> Buffer:
-        strategy = GroupStrategy(PROMPTS, samples=2, seed=1)
+        strategy = GroupStrategy(prompts(7), samples=2, seed=1)
         return Buffer(self.gate, strategy, sampling=SAMPLING, filters=[equal_rewards(1e-6)])
 
     def dispatch(self) -> None:
@@ -75,7 +46,7 @@ class World:
     def finish(self, pick: int, drops: bool) -> None:
         missing = [(request, sample) for request, samples in self.buffer.unfinished() for sample in samples]
         request, sample = missing[pick % len(missing)]
-        one = finished(request, sample, self.born[request.id], 1.0 if drops else float(sample))
+        one = scored(request, sample, self.born[request.id], 1.0 if drops else float(sample))
         self.done[one.episode.id] = one
         self.buffer.add(one)
 
