@@ -8,14 +8,11 @@ gradient norm of every step. Run it from the repository's root: the tiny recipe 
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks.rig import command_line, machine, parser, report
 from tests.tiny import tiny
 
 from sluice.obs.metrics import read_metrics
@@ -44,21 +41,16 @@ def run(device: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
-    arguments = parser.parse_args()
-    name = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else arguments.device
+    flags = parser(__doc__)
+    flags.add_argument("--device", default="cuda")
+    flags.add_argument("--out", type=Path, help="also write the JSON to this file")
+    arguments = flags.parse_args()
     result = {
-        "command": f"python -m benchmarks.cuda --device {arguments.device}",
-        "device": name,
-        "versions": {each: version(each) for each in ("torch", "transformers", "numpy")},
+        "command": command_line("cuda"),
+        **machine(),
         "settings": {setting: run(arguments.device, changes) for setting, changes in SETTINGS.items()},
     }
-    text = json.dumps(result, indent=1)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The demo on several seeds, and with a random reward: held-out accuracy before and after RL.
 
-    python benchmarks/demo.py [--seeds 0 1 2] [--control-seeds 0 1] [--out FILE]
+    python -m benchmarks.demo [--seeds 0 1 2] [--control-seeds 0 1] [--out FILE]
 
 Each run is a process of its own, one after the other, from random weights: `sluice train recipes/demo.py`. The
 control differs in the reward alone, a seeded coin. Prints one JSON object.
@@ -8,16 +8,14 @@ control differs in the reward alone, a seeded coin. Prints one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.rig import command_line, machine, parser, report
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.py"
 KEPT = (
@@ -36,27 +34,23 @@ def run(folder: Path, name: str, seed: int, *overrides: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--control-seeds", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
-    arguments = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    flags.add_argument("--control-seeds", type=int, nargs="*", default=[0, 1])
+    flags.add_argument("--out", type=Path, help="also write the JSON to this file")
+    arguments = flags.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         learned = [run(folder, f"seed-{seed}", seed) for seed in arguments.seeds]
         coin = 'rewards=[{type="random"}]'
         control = [run(folder, f"control-{seed}", seed, coin) for seed in arguments.control_seeds]
     result = {
-        "command": "python benchmarks/demo.py",
+        "command": command_line("demo"),
         "demo": learned,
         "random_reward": control,
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **machine(),
     }
-    text = json.dumps(result, indent=1)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":

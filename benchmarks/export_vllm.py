@@ -84,15 +84,18 @@ def exported(folder: Path) -> tuple[Path, list[str]]:
     return export(config.folder, folder / "model").folder, [prompt.messages[0].content for prompt in held_out]
 
 
-def by_transformers(folder: Path, questions: list[str]) -> list[tuple[list[int], list[int]]]:
-    """Ids of prompt and greedy answer of each question; the answer ends with the end of the turn, if it has one."""
+def by_transformers(folder: Path, questions: list[str], tokens: int = ANSWER) -> list[tuple[list[int], list[int]]]:
+    """Ids of prompt and greedy answer of each question, by its own template and generation config.
+
+    An answer has `tokens` at most, and ends with the end of the turn, if it has one.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     found: list[tuple[list[int], list[int]]] = []
     for question in questions:
         chat = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        ids = model.generate(**prompt, do_sample=False, max_new_tokens=ANSWER)[0]
+        ids = model.generate(**prompt, do_sample=False, max_new_tokens=tokens)[0]
         start = prompt["input_ids"].shape[1]
         found.append((ids[:start].tolist(), ids[start:].tolist()))
     return found
@@ -109,18 +112,8 @@ def serving(python: Path, folder: Path, log: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     words = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    words += [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "64",
-    ]
-    words += ["--max-num-seqs", "8", "--served-model-name", "exported"]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    words += ["--max-model-len", "64", "--max-num-seqs", "8", "--served-model-name", "exported"]
     environ = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environ |= {"DO_NOT_TRACK": "1", "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
     environ.pop("PYTHONPATH", None)

@@ -1,6 +1,6 @@
 """Training with what samples begin with in common computed once, against every token computed, on the CPU.
 
-    python benchmarks/shared_prompt.py [--rounds 11] [--out FILE]
+    python -m benchmarks.shared_prompt [--rounds 11] [--out FILE]
 
 Optimizer steps of the demo's model, both ways in turns in one process with one thread; CPU seconds, the median of the
 rounds. Four loads: a step of the demo, its answers worked out by the demo's teacher, who often says the same twice;
@@ -11,10 +11,6 @@ samples have an advantage, so that no backward pass is left out. Prints one JSON
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import random
 import runpy
 import statistics
@@ -22,12 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.rig import command_line, machine, parser, report
 
 from sluice.config.model import ScratchConfig
 from sluice.config.train import TrainConfig
@@ -136,10 +132,10 @@ def compare(trainer: TorchTrainer, samples: list[TrainSample], rounds: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
-    arguments = parser.parse_args()
+    flags = parser(__doc__)
+    flags.add_argument("--rounds", type=int, default=11)
+    flags.add_argument("--out", type=Path, help="also write the JSON to this file")
+    arguments = flags.parse_args()
     torch.set_num_threads(1)
     rng = random.Random(0)
     scratch = DEMO["recipe"]()["model"]["scratch"]
@@ -161,16 +157,13 @@ def main() -> None:
         }
         found = {name: compare(trainer, samples, arguments.rounds) for name, samples in loads.items()}
     result = {
-        "command": "python benchmarks/shared_prompt.py",
+        "command": command_line("shared_prompt"),
         **found,
         "rounds": arguments.rounds,
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
+        "threads": 1,
+        **machine(),
     }
-    text = json.dumps(result, indent=1)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
+    report(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_three_seeds_learn_and_a_random_reward_does_not(tmp_path: Path) -> None:
     out = tmp_path / "demo.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "demo.py"), "--control-seeds", "0", "--out", str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1400)
+    command = [sys.executable, "-m", "benchmarks.demo", "--control-seeds", "0", "--out", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1400, cwd=ROOT)
     result = json.loads(out.read_text())
     assert [run["seed"] for run in result["demo"]] == [0, 1, 2]
     for run in result["demo"]:

@@ -9,10 +9,11 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from benchmarks.export_vllm import by_transformers
 from safetensors.torch import load_file, save_file
 from tests.integration.sglang_server import running_sglang
 from tests.tiny import rows, tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sluice import cli
 from sluice.config.rollout import SamplingConfig
@@ -46,27 +47,13 @@ def renderer(folder: Path) -> ChatRenderer:
     return ChatRenderer(load_tokenizer(folder))
 
 
-def greedy(folder: Path) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer ids of each question, by transformers alone: its template, its generation config."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    answers: list[tuple[list[int], list[int]]] = []
-    for question in QUESTIONS:
-        chat = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        made = model.generate(**prompt, do_sample=False, max_new_tokens=ANSWER)[0]
-        start = prompt["input_ids"].shape[1]
-        answers.append((made[:start].tolist(), made[start:].tolist()))
-    return answers
-
-
 def test_transformers_answers_as_the_embedded_engine_did(run: Path, tmp_path: Path) -> None:
     done = export(run, tmp_path / "model")
     assert done.step == 4
     sampling = SamplingConfig(temperature=0, max_new_tokens=ANSWER)
     ours = [answers[0] for answers in api.generate(run / "checkpoints/step-000004/model", QUESTIONS, sampling=sampling)]
     chat = renderer(done.folder)
-    found = greedy(done.folder)
+    found = by_transformers(done.folder, QUESTIONS, ANSWER)
     assert [chat.text(answer) for _, answer in found] == ours
     for question, (prompt, _) in zip(QUESTIONS, found, strict=True):
         rendered = chat.prompt_ids(Prompt("p", "t", (Message("user", question),)))
@@ -210,7 +197,7 @@ def test_sglang_serves_it_and_answers_the_same(run: Path, tmp_path: Path) -> Non
     folder = export(run, tmp_path / "model").folder
     arguments = ("--context-length", "64")
     with running_sglang(folder, extra_args=arguments, log_path=tmp_path / "server.log") as server:
-        for question, (prompt, answer) in zip(QUESTIONS, greedy(folder), strict=True):
+        for question, (prompt, answer) in zip(QUESTIONS, by_transformers(folder, QUESTIONS, ANSWER), strict=True):
             params = {"temperature": 0, "max_new_tokens": ANSWER}
             body: dict[str, Any] = {"input_ids": prompt, "sampling_params": params}
             assert httpx.post(f"{server.url}/generate", json=body, timeout=60).json()["output_ids"] == answer
