@@ -501,46 +501,13 @@ class Normaliser(StrEnum):
     CONSTANT = "constant"
 
 
-def loss_scales(
-    samples: Sequence[TrainSample], normaliser: Normaliser, *, constant: float = 1.0
-) -> list[NDArray[np.float64]]:
-    """Per-token factors such that the step's loss is Σ factor · token loss, however samples are split.
-
-    Args:
-        samples: every sample of the optimizer step.
-        normaliser: see `Normaliser`.
-        constant: length that `Normaliser.CONSTANT` divides by, in tokens.
-
-    Returns:
-        One float64 array of shape `[len(sample)]` each; all zero when nothing is trained.
-    """
-    counts = [sample.num_trained_tokens for sample in samples]
-    num_segments = sum(count > 0 for count in counts)
-    if normaliser is Normaliser.TOKEN:
-        divisors = [float(sum(counts))] * len(samples)
-    elif normaliser is Normaliser.SEQUENCE:
-        divisors = [float(count * num_segments) for count in counts]
-    elif normaliser is Normaliser.EPISODE:
-        per_episode: dict[str, int] = {}
-        for sample, count in zip(samples, counts, strict=True):
-            per_episode[sample.episode_id] = per_episode.get(sample.episode_id, 0) + count
-        num_episodes = sum(count > 0 for count in per_episode.values())
-        divisors = [float(per_episode[sample.episode_id] * num_episodes) for sample in samples]
-    else:
-        divisors = [constant * num_segments] * len(samples)
-    return [
-        np.asarray(sample["weight"], dtype=np.float64) / divisor if divisor else np.zeros(len(sample))
-        for sample, divisor in zip(samples, divisors, strict=True)
-    ]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
     """Samples packed end to end without padding: one forward and backward pass.
 
     Attributes:
         samples: the packed samples, in order.
-        scales: loss factor of every token, float64 `[tokens]` (see `loss_scales`).
+        scales: loss factor of every token, float64 `[tokens]`: the loss of a step is Σ scale · token loss.
     """
 
     samples: tuple[TrainSample, ...]

@@ -21,8 +21,8 @@ from sluice.orchestrate.setup import embedded_engine
 from sluice.rollout.engines.base import GenerateRequest, Generation
 from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.train.backends.torch import TorchTrainer
-from sluice.train.packing import make_batch
-from sluice.types import STREAMS, Normaliser, SamplingParams, TrainSample, Version, loss_scales
+from sluice.train.packing import loss_scales, make_batch
+from sluice.types import STREAMS, Normaliser, SamplingParams, TrainSample, Version
 from sluice.weights.lineage import Lineage
 from sluice.weights.store import WeightStore
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from train_cases import make_samples
 
 from sluice.errors import TrainError
-from sluice.train.packing import assign, assign_groups, make_batch, pack, packing_efficiency
-from sluice.types import Normaliser, loss_scales
+from sluice.train.packing import assign, assign_groups, loss_scales, make_batch, pack, packing_efficiency
+from sluice.types import Normaliser
 
 
 @given(st.lists(st.integers(1, 50), max_size=80), st.integers(50, 120))

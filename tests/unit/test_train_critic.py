@@ -15,8 +15,8 @@ from sluice.config.train import TrainConfig
 from sluice.errors import CheckpointError, TrainError
 from sluice.train.backends.critic import TorchCritic
 from sluice.train.base import Critic
-from sluice.train.packing import make_batch
-from sluice.types import Normaliser, TrainSample, ValueInputs, loss_scales
+from sluice.train.packing import loss_scales, make_batch
+from sluice.types import Normaliser, TrainSample, ValueInputs
 
 torch.set_num_threads(1)
 LENGTHS = (12, 30, 7, 7, 25, 32, 2, 18)

@@ -16,8 +16,8 @@ from sluice.config.train import OptimizerConfig, TrainConfig
 from sluice.errors import TrainError
 from sluice.train.backends.torch import TorchTrainer
 from sluice.train.base import Trainer, measure_mismatch
-from sluice.train.packing import make_batch
-from sluice.types import LossInputs, LossOutput, Normaliser, TrainSample, loss_scales
+from sluice.train.packing import loss_scales, make_batch
+from sluice.types import LossInputs, LossOutput, Normaliser, TrainSample
 
 torch.set_num_threads(1)
 LENGTHS = (12, 30, 7, 7, 25, 32, 2, 18)

@@ -18,8 +18,8 @@ from sluice.log.lineage import account
 from sluice.log.reader import LogReader
 from sluice.log.records import Disposition, DispositionRecord, Entry, EpisodeRecord, ResumeRecord, RewardRecord
 from sluice.log.writer import LogWriter
-from sluice.train.packing import make_batch
-from sluice.types import Group, Normaliser, TrainSample, Version, loss_scales
+from sluice.train.packing import loss_scales, make_batch
+from sluice.types import Group, Normaliser, TrainSample, Version
 from sluice.weights.lineage import Born, Lineage
 
 

@@ -21,7 +21,7 @@ class Algorithm(Protocol):
 
     Attributes:
         requires: streams that scoring must fill before `credit`: of proximal, reference, teacher:NAME, value.
-        normaliser, constant: what the step's loss is divided by; see `sluice.types.loss_scales`.
+        normaliser, constant: what the step's loss is divided by; see `sluice.types.Normaliser`.
         updates_per_batch: mini-batches of one batch; they share one scoring and one credit.
     """
 
@@ -71,7 +71,7 @@ class Objective(Protocol):
 
     Attributes:
         requires: streams that scoring fills before `credit`.
-        normaliser, constant: what the step's loss is divided by; see `sluice.types.loss_scales`.
+        normaliser, constant: what the step's loss is divided by; see `sluice.types.Normaliser`.
     """
 
     @property

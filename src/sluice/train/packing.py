@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sluice.errors import TrainError
-from sluice.types import MicroBatch, Normaliser, TrainBatch, TrainSample, loss_scales
+from sluice.types import MicroBatch, Normaliser, TrainBatch, TrainSample
 
 _MORE_PASSES = 1.25
 """Micro-batches that keeping groups together may cost, as a multiple of those that samples need one by one."""
@@ -138,6 +138,39 @@ def pack(
     return tuple(packed)
 
 
+def loss_scales(
+    samples: Sequence[TrainSample], normaliser: Normaliser, *, constant: float = 1.0
+) -> list[NDArray[np.float64]]:
+    """Per-token factors such that the step's loss is Σ factor · token loss, however samples are split.
+
+    Args:
+        samples: every sample of the optimizer step.
+        normaliser: see `Normaliser`.
+        constant: length that `Normaliser.CONSTANT` divides by, in tokens.
+
+    Returns:
+        One float64 array of shape `[len(sample)]` each; all zero when nothing is trained.
+    """
+    counts = [sample.num_trained_tokens for sample in samples]
+    num_segments = sum(count > 0 for count in counts)
+    if normaliser is Normaliser.TOKEN:
+        divisors = [float(sum(counts))] * len(samples)
+    elif normaliser is Normaliser.SEQUENCE:
+        divisors = [float(count * num_segments) for count in counts]
+    elif normaliser is Normaliser.EPISODE:
+        per_episode: dict[str, int] = {}
+        for sample, count in zip(samples, counts, strict=True):
+            per_episode[sample.episode_id] = per_episode.get(sample.episode_id, 0) + count
+        num_episodes = sum(count > 0 for count in per_episode.values())
+        divisors = [float(per_episode[sample.episode_id] * num_episodes) for sample in samples]
+    else:
+        divisors = [constant * num_segments] * len(samples)
+    return [
+        np.asarray(sample["weight"], dtype=np.float64) / divisor if divisor else np.zeros(len(sample))
+        for sample, divisor in zip(samples, divisors, strict=True)
+    ]
+
+
 def make_batch(
     samples: Sequence[TrainSample], *, budget: int, normaliser: Normaliser, constant: float = 1.0
 ) -> TrainBatch:
@@ -146,7 +179,7 @@ def make_batch(
     Args:
         samples: every sample of the step.
         budget: tokens of one micro-batch (`train.micro_batch_tokens`).
-        normaliser, constant: what the loss is divided by; see `sluice.types.loss_scales`.
+        normaliser, constant: what the loss is divided by; see `loss_scales`.
 
     Raises:
         TrainError: a sample is longer than the budget.
