@@ -71,18 +71,28 @@ def test_only_adapters_have_gradients_and_move(folder: Path) -> None:
     assert moved == gradients.keys()
 
 
-def test_gradients_are_those_of_peft_on_plain_transformers(tmp_path: Path) -> None:
-    folder = scratch(tmp_path / "initial")
-    trainer = _trainer(folder)
-    trainer.step(_batch(), ratio_loss)  # else B is zero, and so is the gradient of A
-    ours = trainer.gradients(_batch(1), ratio_loss)
+def _name(of_peft: str) -> str:
+    """Of a parameter in the trainer."""
+    return of_peft.removeprefix("base_model.model.").replace(".default.", ".policy.")
+
+
+def _of_peft(folder: Path, trainer: TorchTrainer) -> Any:
+    """peft's own model on plain transformers, with the trainer's adapters."""
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
     theirs: Any = peft.get_peft_model(plain_model(folder, torch.float32), settings)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_" in name:
-                key = name.removeprefix("base_model.model.").replace(".default.", ".policy.")
-                parameter.copy_(trainer.model.get_parameter(key))
+                parameter.copy_(trainer.model.get_parameter(_name(name)))
+    return theirs
+
+
+def test_gradients_are_those_of_peft_on_plain_transformers(tmp_path: Path) -> None:
+    folder = scratch(tmp_path / "initial")
+    trainer = _trainer(folder)
+    trainer.step(_batch(), ratio_loss)  # else B is zero, and so is the gradient of A
+    ours = trainer.gradients(_batch(1), ratio_loss)
+    theirs = _of_peft(folder, trainer)
     samples = make_samples((12, 30, 7), seed=1)
     total = sum(sample.num_trained_tokens for sample in samples)
     loss = torch.zeros(())
@@ -94,7 +104,7 @@ def test_gradients_are_those_of_peft_on_plain_transformers(tmp_path: Path) -> No
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     assert len(expected) == len(ours)
     for name, gradient in expected.items():
-        got = ours[name.removeprefix("base_model.model.").replace(".default.", ".policy.")]
+        got = ours[_name(name)]
         torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-6)
 
 
@@ -103,13 +113,7 @@ def test_what_leaves_the_trainer_is_pefts_own_merge(tmp_path: Path) -> None:
     trainer = _trainer(folder)
     for number in range(3):
         trainer.step(_batch(number), ratio_loss)
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    theirs: Any = peft.get_peft_model(plain_model(folder, torch.float32), settings)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                key = name.removeprefix("base_model.model.").replace(".default.", ".policy.")
-                parameter.copy_(trainer.model.get_parameter(key))
+    theirs = _of_peft(folder, trainer)
     merged = theirs.merge_and_unload().state_dict()
     published = dict(trainer.named_weights())
     assert published.keys() == load_file(folder / "model.safetensors").keys(), "nothing of adapters in the names"
