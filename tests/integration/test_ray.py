@@ -8,13 +8,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import ray
 from tests.tiny import tiny
 
 from sluice.config import RunConfig
@@ -23,6 +25,7 @@ from sluice.log import ACCOUNTED, EpisodeRecord, Kind, LogReader, account
 from sluice.obs.metrics import read_metrics
 from sluice.obs.view import NullView
 from sluice.orchestrate import api
+from sluice.orchestrate.ray import token
 from sluice.orchestrate.ray.cluster import Part, Room, cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -165,6 +168,88 @@ def running() -> Iterator[str]:
             for process in tree:
                 if process.is_running():
                     process.kill()
+
+
+@ray.remote(num_cpus=1, name="somebody", namespace="others", lifetime="detached")
+class Somebody:
+    """An actor of another program on the same cluster."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ask(self) -> int:
+        self.asked += 1
+        return self.asked
+
+
+@pytest.fixture
+def somebody(running: str) -> Iterator[str]:
+    """The cluster with somebody else's actor on it, who was asked once."""
+    with connected(running):
+        actor: Any = Somebody.remote()  # type: ignore[attr-defined]
+        assert ray.get(actor.ask.remote()) == 1
+    yield running
+    with connected(running):
+        ray.kill(ray.get_actor("somebody", namespace="others"))
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    ray.init(address=address, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def test_a_cluster_that_runs_is_left_as_it_was(tmp_path: Path, somebody: str) -> None:
+    """Also after a cluster of the run's own in the same process, for which Ray turns its token on."""
+    with cluster(recipe(tmp_path / "own", "ray").placement, cpus=1):
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert "RAY_AUTH_MODE" not in os.environ
+    place = {"runtime": "ray", "address": somebody}
+    config = recipe(tmp_path, "ray", steps=2, placement=place, train={"ranks": 1})
+    api.train(config, view=NullView())
+    assert len(logged(config)) >= 2 * 4 * 4
+    with connected(somebody):
+        assert ray.cluster_resources()["CPU"] == 4
+        until(lambda: ray.available_resources()["CPU"] == 3)  # its own: told with a delay
+        assert ray.get(ray.get_actor("somebody", namespace="others").ask.remote()) == 2
+        groups = ray.util.placement_group_table().values()
+        assert groups
+        assert {group["state"] for group in groups} == {"REMOVED"}
+
+
+def test_a_cluster_that_this_process_cannot_work_with(
+    tmp_path: Path, running: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no token, another Ray, another Sluice: said before anything is asked of it."""
+    place = recipe(tmp_path, "ray", placement={"runtime": "ray", "address": running}).placement
+    with monkeypatch.context() as other:
+        other.setenv("RAY_AUTH_MODE", "token")
+        token.reread()
+        with pytest.raises(ConfigError, match="asks for no token"), cluster(place, cpus=1):
+            pass
+    token.reread()
+    with monkeypatch.context() as other:
+        other.setattr(ray, "__version__", "2.0.0")
+        with (
+            pytest.raises(ConfigError, match=r"another Ray or Python than this process: .*Ray: 2\.0\.0"),
+            cluster(place, cpus=1),
+        ):
+            pass
+    with monkeypatch.context() as other:
+        other.setattr("sluice.orchestrate.ray.cluster.__version__", "99")
+        with pytest.raises(ConfigError, match=r"has Sluice [\d.]+, and this is 99"), cluster(place, cpus=1):
+            pass
+    assert not ray.is_initialized()
+
+
+def until(true: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_what_a_cluster_does_not_have(tmp_path: Path, running: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import socket
@@ -12,14 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import AuthenticationError, GetTimeoutError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from sluice import __version__
 from sluice.config.placement import PlacementConfig
 from sluice.errors import ConfigError
+from sluice.orchestrate.ray import token
 
 CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 120.0
+"""Until a process of the cluster, which may have to be started, says what it is like."""
 
 
 @contextmanager
@@ -32,8 +35,8 @@ def cluster(config: PlacementConfig, *, cpus: int) -> Iterator[None]:
         cpus: of a local cluster that is started: as many as the run's parts ask for.
 
     Raises:
-        ConfigError: there is no such cluster, it has another version of Ray or Python, or this process is
-            connected already.
+        ConfigError: there is no such cluster, it has another version of Ray, Python or Sluice, it asks for no token
+            while this process does, or this process is connected already.
     """
     if ray.is_initialized():
         raise ConfigError(
@@ -46,24 +49,67 @@ def cluster(config: PlacementConfig, *, cpus: int) -> Iterator[None]:
         options["address"] = address
     else:
         options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    with token.as_it_was():
+        _connect(options, address)
+        try:
+            if address:
+                _refuse_another(address)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(options: dict[str, Any], address: str) -> None:
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        said = str(error).strip().splitlines()
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
         if _wants_token(error):
             raise ConfigError(
                 f"the Ray cluster at {address} wants a token, and this process shows none",
                 hint="export RAY_AUTH_MODE=token, with the token in RAY_AUTH_TOKEN or ~/.ray/auth_token",
             ) from error
+        if said and said[0].startswith("Version mismatch"):
+            raise ConfigError(
+                f"the Ray cluster at {address} is another Ray or Python than this process: {' '.join(said[1:])}",
+                hint="install the cluster's versions here, or the other way round",
+            ) from error
         raise ConfigError(
             f"no Ray cluster at {address or 'this host'}: {said[0] if said else type(error).__name__}",
             hint="start one with `ray start --head`, or leave placement.address empty: a local one is then started",
         ) from error
+
+
+@ray.remote(num_cpus=0)
+def _worker() -> tuple[bool, str]:
+    """What a process of the cluster is like: whether it shows a token, and its Sluice."""
+    return token.asked(), __version__
+
+
+def _refuse_another(address: str) -> None:
+    """ConfigError when processes of the cluster could not work with this one."""
     try:
-        yield
-    finally:
-        gc.collect()  # a handle that outlives its cluster ends the actor of the same number in the next one
-        ray.shutdown()
+        shows, version = ray.get(_worker.remote(), timeout=ANSWER_SECONDS)
+    except RayTaskError as error:
+        raise ConfigError(
+            f"processes of the Ray cluster at {address} cannot run Sluice: {str(error).strip().splitlines()[-1]}",
+            hint="install sluice-rl[ray] on its nodes, of the same version as here",
+        ) from error
+    except GetTimeoutError as error:
+        raise ConfigError(
+            f"the Ray cluster at {address} ran nothing within {ANSWER_SECONDS:g} s",
+            hint="see `ray status`: it may have no node that is alive",
+        ) from error
+    if token.asked() and not shows:
+        raise ConfigError(
+            f"the Ray cluster at {address} asks for no token, while this process does: it would turn the cluster away",
+            hint="export RAY_AUTH_MODE=disabled, or start the cluster with RAY_AUTH_MODE=token",
+        )
+    if version != __version__:
+        raise ConfigError(
+            f"the Ray cluster at {address} has Sluice {version}, and this is {__version__}",
+            hint="install the same version on its nodes",
+        )
 
 
 def _wants_token(error: BaseException | None) -> bool:
