@@ -50,6 +50,8 @@ from sluice.types import (
 )
 from sluice.weights.lineage import Lineage
 
+ANY = -1
+"""Whichever engine has the least to do."""
 NORMAL_P99 = 2.3263478740408408
 """The 99th percentile of the standard normal distribution."""
 SAMPLING = SamplingParams()
@@ -57,25 +59,25 @@ SAMPLING = SamplingParams()
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Sampled tokens of an episode: lognormal, or drawn from `measured` where that is given.
+    """Sampled tokens of an episode: lognormal, or those of a real run.
 
     Attributes:
         median, tail: the 50th percentile, and the 99th as a multiple of it; a tail of 1 is a constant.
         limit: the longest answer; the rest is cut off.
         shared: part of the variance of log length that the members of a group have in common.
-        measured: lengths of a real run.
+        measured: those of the groups of a real run, in dispatch order, again from the start at their end.
     """
 
     median: float = 1000.0
     tail: float = 8.0
     limit: int = 32_768
     shared: float = 0.5
-    measured: tuple[int, ...] = ()
+    measured: tuple[tuple[int, ...], ...] = ()
 
-    def draw(self, noise: np.random.Generator, n: int) -> list[int]:
-        """Lengths of a group of `n`."""
+    def draw(self, noise: np.random.Generator, n: int, ordinal: int) -> list[int]:
+        """Lengths of the group of `n` that is dispatched as the `ordinal`-th."""
         if self.measured:
-            return [int(each) for each in noise.choice(self.measured, n)]
+            return list(self.measured[ordinal % len(self.measured)])
         sigma = math.log(self.tail) / NORMAL_P99
         z = math.sqrt(self.shared) * noise.standard_normal() + math.sqrt(1 - self.shared) * noise.standard_normal(n)
         return [int(each) for each in np.clip(np.rint(self.median * np.exp(sigma * z)), 1, self.limit)]
@@ -90,6 +92,7 @@ class World:
         samples: episodes of a group.
         updates: optimizer steps of a batch.
         step_seconds, sequence_seconds: a decoding step takes the first, and the second for each running sequence.
+        request_seconds: from the dispatch of an episode until an engine has it.
         turns, tool_seconds: an episode's tokens are divided among turns; between them a tool takes an exponential
             time of this mean, and the slot is free.
         train_seconds, token_seconds: a batch takes the first, and the second for each of its tokens.
@@ -109,6 +112,7 @@ class World:
     lengths: Lengths = field(default_factory=Lengths)
     step_seconds: float = 0.02
     sequence_seconds: float = 0.0
+    request_seconds: float = 0.0
     turns: int = 1
     tool_seconds: float = 0.0
     train_seconds: float = 0.0
@@ -131,6 +135,7 @@ class _Job:
     turns: list[int]
     waits: list[float]
     reward: float
+    dispatched: float
     done: list[Turn] = field(default_factory=list[Turn])
     began: float = 0.0
     spans: list[VersionSpan] = field(default_factory=list[VersionSpan])
@@ -227,7 +232,7 @@ class _Event(NamedTuple):
     engine: int
     epoch: int
     job: _Job | None
-    """A tool has answered; None when a turn of the engine has ended."""
+    """A turn that comes to the engine; None when one of the engine's has ended."""
 
 
 @dataclass(slots=True)
@@ -270,7 +275,7 @@ class Outlook:
         whole: sums of the whole run.
         batches: of the window.
         in_flight: tokens sampled for what is still alive at the end.
-        rows: seconds of filling, training and syncing, by batch.
+        episode_seconds: from dispatch to end, of all episodes that ended.
     """
 
     world: World
@@ -278,7 +283,7 @@ class Outlook:
     whole: Tally
     batches: int
     in_flight: float
-    rows: list[dict[str, float]]
+    episode_seconds: float
 
     def figures(self) -> dict[str, Any]:
         """The window in shares and rates; what is idle is idle for want of work, not because weights are activated."""
@@ -326,21 +331,20 @@ class _Simulation:
         self._tokens_in: dict[str, int] = {}
         self._tally = Tally()
         self._batch = 0
-        self._rows: list[dict[str, float]] = []
+        self._episode_seconds = 0.0
 
     def run(self) -> Outlook:
         before = Tally()
         for batch in range(self._world.batches):
             if batch == self._world.warmup:
                 before = self._sums().copy()
-            groups, filled = self._fill()
-            self._rows.append({"rollout": filled, **self._train(groups)})
+            self._train(self._fill())
         whole = self._sums().copy()
         in_flight = sum(engine.progress - job.began for engine in self._engines for _, _, job in engine.running)
         in_flight += sum(len(turn) for job in self._under_way() for turn in job.done)
         in_flight += sum(m.episode.num_sampled_tokens for m in self._inbox) + sum(self._tokens_in.values())
         batches = self._world.batches - self._world.warmup
-        return Outlook(self._world, whole.since(before), whole, batches, in_flight, self._rows)
+        return Outlook(self._world, whole.since(before), whole, batches, in_flight, self._episode_seconds)
 
     def _sums(self) -> Tally:
         for engine in self._engines:
@@ -358,8 +362,8 @@ class _Simulation:
 
     # ── the loop ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _fill(self) -> tuple[list[Group], float]:
-        """As `Loop._fill`. Returns the batch, and the seconds that the trainer waited for it."""
+    def _fill(self) -> list[Group]:
+        """As `Loop._fill`: the next batch."""
         began = self._now
         self._dispatch()
         ready = self._buffer.ready()
@@ -380,7 +384,7 @@ class _Simulation:
         groups = self._buffer.take()
         self._dispatch()
         self._tally.waiting += self._now - began
-        return groups, self._now - began
+        return groups
 
     def _dispatch(self) -> None:
         """As `Loop._dispatch`; a run without an end is never short of batches to dispatch for."""
@@ -392,23 +396,23 @@ class _Simulation:
             request = buffer.request()
             self._missing[request.id] = request.n
             for job in self._jobs(request):
-                self._place(job)
+                self._push(self._now + self._world.request_seconds, ANY, 0, job)
 
     def _jobs(self, request: GroupRequest) -> list[_Job]:
         """The episodes of a group. What is drawn depends on the seed and the group's place alone."""
         world = self._world
         noise = np.random.default_rng((world.seed, request.ordinal))
-        lengths = world.lengths.draw(noise, request.n)
+        lengths = world.lengths.draw(noise, request.n, request.ordinal)
         differ = noise.random() < world.spread
         jobs: list[_Job] = []
         for sample, length in enumerate(lengths):
             count = min(world.turns, length)
             turns = [length * (i + 1) // count - length * i // count for i in range(count)]
             waits = [float(each) for each in noise.exponential(world.tool_seconds, count - 1)]
-            jobs.append(_Job(request, sample, turns, waits, float(differ and sample % 2)))
+            jobs.append(_Job(request, sample, turns, waits, float(differ and sample % 2), self._now))
         return jobs
 
-    def _train(self, groups: list[Group]) -> dict[str, float]:
+    def _train(self, groups: list[Group]) -> None:
         """As `Loop._train`: judge at the version in use, step, publish, activate, free the slots."""
         world, tally = self._world, self._tally
         tokens = 0
@@ -433,7 +437,6 @@ class _Simulation:
             self._schedule(i)
         self._buffer.trained()
         self._batch += 1
-        return {"train": seconds, "publish": world.publish_seconds, "sync": world.sync_seconds}
 
     def _judge(self, member: Scored) -> int:
         """The gate's word on one episode. Returns its tokens that are trained."""
@@ -442,9 +445,10 @@ class _Simulation:
         tally.episodes += 1
         tally.judged[verdict.lag] += 1
         lags = [sample["lag"][sample.trained] for sample in verdict.samples]
-        for lag, count in zip(*np.unique(np.concatenate(lags), return_counts=True), strict=True):
-            tally.lags[int(lag)] += int(count)
-        trained = sum(len(each) for each in lags)
+        counts = np.bincount(np.concatenate(lags))
+        for lag in np.flatnonzero(counts):
+            tally.lags[int(lag)] += int(counts[lag])
+        trained = int(counts.sum())
         tally.trained += trained
         if verdict.dropped:
             tally.dropped += verdict.masked_tokens
@@ -464,11 +468,12 @@ class _Simulation:
     def _step(self) -> None:
         """The next event."""
         event = heapq.heappop(self._events)
-        engine = self._engines[event.engine]
         if event.job is not None:
             self._now = event.at
             self._place(event.job, event.engine)
-        elif event.epoch == engine.epoch:
+            return
+        engine = self._engines[event.engine]
+        if event.epoch == engine.epoch:
             self._now = event.at
             engine.advance(self._now)
             self._ended(engine.finish(self._version), event.engine)
@@ -480,14 +485,15 @@ class _Simulation:
         if len(job.done) < len(job.turns):
             self._push(self._now + job.waits[len(job.done) - 1], engine, 0, job)
             return
+        self._episode_seconds += self._now - job.dispatched
         turns = [each for turn in job.done for each in (observed([0]), turn)]
         id = job.request.episode_id(job.sample)
         episode = Episode(id, job.request.id, job.request.prompt, (Segment(tuple(turns)),), Outcome.COMPLETED)
         self._inbox.append(Scored(episode, Reward({"r": job.reward}, {"r": 1.0})))
 
-    def _place(self, job: _Job, engine: int | None = None) -> None:
-        """Send a turn to `engine`; the first goes to the engine with the least to do."""
-        if engine is None:
+    def _place(self, job: _Job, engine: int) -> None:
+        """A turn has come to an engine."""
+        if engine == ANY:
             engine = self._least_loaded()
         chosen = self._engines[engine]
         chosen.advance(self._now)

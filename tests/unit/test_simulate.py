@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmarks import simulate as command
+from benchmarks import simulated_runs
 from benchmarks.simulator import Lengths, Outlook, World, simulate
 
 from sluice.config.data import GateConfig, OnStale, Order
@@ -19,8 +21,9 @@ ROOT = Path(__file__).parents[2]
 CONSTANT = Lengths(median=100, tail=1)
 TAILED = Lengths(median=100, tail=8, limit=4000)
 BUSY = World(
-    3, 4, 6, samples=4, lengths=TAILED, step_seconds=0.02, sequence_seconds=0.002, turns=3, tool_seconds=0.5,
-    train_seconds=3.0, token_seconds=0.0001, publish_seconds=0.3, sync_seconds=0.2, batches=9,
+    3, 4, 6, samples=4, lengths=TAILED, step_seconds=0.02, sequence_seconds=0.002, request_seconds=0.1,
+    turns=3, tool_seconds=0.5, train_seconds=3.0, token_seconds=0.0001, publish_seconds=0.3, sync_seconds=0.2,
+    batches=9,
 )  # fmt: skip
 """Everything that a world can have."""
 GATES = [
@@ -84,7 +87,7 @@ def test_lag_zero_does_not_overlap() -> None:
         world = replace(BUSY, engines=engines, turns=1, gate=GateConfig(max_lag=1))
         ahead = simulate(world).whole
         assert ahead.seconds < ahead.engine_busy / engines + ahead.training + ahead.syncing, "lag 1 does overlap"
-    alone = simulate(replace(BUSY, engines=1, turns=1)).whole
+    alone = simulate(replace(BUSY, engines=1, turns=1, request_seconds=0.0)).whole
     assert alone.engine_busy == pytest.approx(alone.waiting), "the engine works exactly while the trainer waits"
 
 
@@ -101,6 +104,8 @@ def test_constant_lengths_by_hand() -> None:
     assert figures["trainer_idle"] == pytest.approx(8 / 16)
     assert figures["syncing"] == pytest.approx(2 / 16)
     assert figures["trained_tokens_per_second"] == pytest.approx(800 / 16)
+    late = simulate(replace(world, request_seconds=0.5)).figures()
+    assert late["trainer_idle"] == pytest.approx(8.5 / 16.5)
     half = simulate(replace(world, slots=16)).figures()  # one wave of 100 · (0.02 + 8 · 0.005) s, half of the slots
     assert half["trainer_idle"] == pytest.approx(6 / 14)
     assert half["slot_idle"] == pytest.approx(1 - (6 / 2 + 2) / 14)
@@ -136,19 +141,59 @@ def test_a_tool_frees_the_slot_and_holds_the_episode() -> None:
 
 def test_lengths_are_lognormal_or_those_that_were_measured() -> None:
     noise = np.random.default_rng(0)
-    drawn = np.concatenate([Lengths(500, 6, 100_000).draw(noise, 8) for _ in range(4000)])
+    drawn = np.concatenate([Lengths(500, 6, 100_000).draw(noise, 8, 0) for _ in range(4000)])
     median, p99 = np.percentile(drawn, [50, 99])
     assert median == pytest.approx(500, rel=0.05)
     assert p99 / median == pytest.approx(6, rel=0.1)
-    assert max(Lengths(500, 6, 700).draw(noise, 200)) == 700
-    assert set(Lengths(measured=(3, 7)).draw(noise, 50)) == {3, 7}
+    assert max(Lengths(500, 6, 700).draw(noise, 200, 0)) == 700
+    assert [Lengths(measured=((3, 7), (5, 6))).draw(noise, 2, i) for i in range(3)] == [[3, 7], [5, 6], [3, 7]]
 
 
 def test_the_command_prints_the_figures() -> None:
-    command = [sys.executable, "-m", "benchmarks.simulate", "one", "--engines", "2", "--groups", "4", "--batches", "3"]
-    command += ["--warmup", "1", "--max-lag", "2", "--on-stale", "drop", "--median", "50"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    flags = ["one", "--engines", "2", "--groups", "4", "--batches", "3"]
+    flags += ["--warmup", "1", "--max-lag", "2", "--on-stale", "drop", "--median", "50"]
+    call = [sys.executable, "-m", "benchmarks.simulate", *flags]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     said = json.loads(done.stdout)
     assert said["world"]["gate"] == {"max_lag": 2, "on_stale": "drop", "oversample": 1.0, "refill_limit": 20}
     assert said["figures"]["episodes"] == 2 * 4 * 8
     assert said["figures"]["lag_max_trained"] <= 2
+
+
+def test_a_run_is_imitated_from_what_it_logged() -> None:
+    """A simulated run stands in for the real one: its pace is found again, and then its seconds."""
+    case = simulated_runs.CASES["lag-0"]
+    noise = np.random.default_rng(0)
+    groups = {g: [int(each) for each in noise.geometric(0.02, simulated_runs.SAMPLES)] for g in range(8 * 5)}
+    pace = (0.3, 0.01, 0.002)
+    found = simulated_runs.Run(
+        [{"time/train": 1.5, "time/other": 0.5, "time/publish": 0.25} for _ in range(5)],
+        {g: [(length, 0.0) for length in members] for g, members in groups.items()},
+    )
+    world = simulated_runs.imitate(case, found, pace)
+    assert (world.train_seconds, world.publish_seconds) == (2.0, 0.25)
+    logged: dict[int, list[tuple[int, float]]] = {}
+    for batch in range(5):
+        members = [length for g in range(8 * batch, 8 * batch + 8) for length in groups[g]]
+        ends = {0: pace[0]}  # by hand: all start together, and a step takes longer the more are left
+        for step in range(1, max(members) + 1):
+            ends[step] = ends[step - 1] + pace[1] + pace[2] * sum(length >= step for length in members)
+        logged |= {g: [(length, ends[length]) for length in groups[g]] for g in range(8 * batch, 8 * batch + 8)}
+    found = simulated_runs.Run(found.rows, logged)
+    assert simulated_runs.calibrate(found) == pytest.approx(pace)
+    assert simulated_runs.episode_seconds(simulate(world)) == pytest.approx(found.episode_seconds)
+    half = (0.15, 0.005, 0.001)
+    assert simulated_runs.own_pace(case, found, half) == pytest.approx(pace, rel=1e-4)
+
+
+def test_the_table_holds_every_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "WINDOW", 40)
+    rows = command.rows_of([4], (2.0,))
+    text = command.table(rows, "engines")
+    assert len(rows) == 1 + 2 * len(command.POLICIES)
+    assert len(text.splitlines()) == 2 + len(rows)
+    best = {lag: max(each["trained_tokens_per_second"] for each in rows if each["max_lag"] == lag) for lag in (0, 1)}
+    assert best[1] > best[0]
+    command.keep(tmp_path, "a", 1)
+    command.keep(tmp_path, "b", rows)
+    assert json.loads((tmp_path / "simulate.json").read_text()) == {"a": 1, "b": rows}
