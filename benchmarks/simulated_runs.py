@@ -144,13 +144,13 @@ def measured(found: Run) -> dict[str, float]:
     """What is compared, of the real run."""
     times = [f"time/{name}" for name in ("rollout", "score", "train", "publish", "other")]
     seconds = found.mean(*times)
-    tokens = found.mean("rollout/response_tokens") * GROUPS * SAMPLES
+    tokens, stale = found.mean("rollout/response_tokens") * GROUPS * SAMPLES, found.mean("gate/masked_tokens")
     return {
         "seconds_per_batch": seconds,
         "trainer_idle": found.mean("time/rollout") / seconds,
         "episode_seconds": found.episode_seconds,
-        "trained_tokens_per_second": found.mean("train/tokens") / seconds,
-        "stale_tokens_share": found.mean("gate/masked_tokens") / tokens,
+        "trained_tokens_per_second": (tokens - stale) / seconds,
+        "stale_tokens_share": stale / tokens,
         "lag_mean": found.mean("gate/lag_mean"),
         "lag_max": max(row["gate/lag_max"] for row in found.rows[WARMUP:]),
     }
