@@ -268,6 +268,48 @@ def test_a_tighter_bound_asks_again_for_what_cannot_keep_it() -> None:
     assert again.request().prompt.id not in {request.prompt.id for request in requests}
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [
+        (GateConfig(max_lag=2, order=Order.DISPATCH), GateConfig(max_lag=1, order=Order.DISPATCH), 1),
+        (GateConfig(max_lag=1), GateConfig(max_lag=1, order=Order.DISPATCH), 1),
+        (GateConfig(max_lag=1, order=Order.DISPATCH), GateConfig(max_lag=2, order=Order.DISPATCH), 2),
+        (GateConfig(max_lag=2, order=Order.DISPATCH), GateConfig(max_lag=2, order=Order.DISPATCH), 3),
+    ],
+)
+def test_what_a_resumed_run_keeps_is_within_its_bound_when_its_turn_comes(before, after, kept: int) -> None:
+    """The next group has not begun; the one behind it has, and is just young enough: by then it would be too old."""
+    gate, step = Gate(after, 1), 1
+    old = buffer(before, groups_per_step=1)
+    requests = [old.request() for _ in range(old.want())]
+    done = scored(requests[1], 0, version=0, reward=0.0)
+    old.add(done)
+
+    def lag(version: Version) -> int:
+        return step - version.step
+
+    def too_old(each: Scored) -> bool:
+        return lag(next(each.episode.sampled_turns()).spans[0].version) > after.max_lag
+
+    new = buffer(after, groups_per_step=1)
+    state = json.loads(json.dumps(old.state_dict()))
+    new.load_state_dict(state, {request.id: request for request in requests}, {done.episode.id: done})
+    new.renew(too_old)
+    left = new.alive
+    for _ in range(3):
+        while new.want():
+            new.request()
+        for request, samples in new.unfinished():
+            for sample in samples:
+                new.add(scored(request, sample, version=step, reward=float(sample)))
+        for group in new.take():
+            for member in group.members:
+                assert gate.judge(member.samples, lag).lag <= after.max_lag
+        new.trained()
+        step += 1
+    assert left == kept
+
+
 def test_over_sampling_trains_what_finishes_first_and_carries_the_rest_over() -> None:
     """Two groups a batch, lag 1, half as many again: five alive. The straggler is passed over, and is not lost."""
     one = buffer(GateConfig(max_lag=1, oversample=1.5), groups_per_step=2)

@@ -84,6 +84,13 @@ class Buffer:
         self._next_ordinal = 0
         self._completed = 0
         self._dropped_in_a_row = 0
+        self._bound = self._own_bound
+
+    @property
+    def _own_bound(self) -> int | None:
+        """Steps of lag that no group of this gate exceeds when its turn comes; None when one may be overtaken."""
+        pacing = self._gate.pacing
+        return pacing.batches_ahead * pacing.updates if self._in_order else None
 
     @property
     def alive(self) -> int:
@@ -193,18 +200,25 @@ class Buffer:
     def renew(self, too_old: Callable[[Scored], bool]) -> list[Scored]:
         """After a resume under a tighter bound: groups that could not be trained within it are asked for again.
 
-        These are the groups beyond those that the gate lets be alive, and those with an episode that is `too_old`.
+        These are the groups with an episode that is `too_old`, and those beyond the next batch: they grow older
+        until their turn comes. Under a bound that is no tighter, groups are kept as they are.
 
         Returns:
             Their finished episodes, which nobody will train.
         """
+        own = self._own_bound
+        tighter = own is not None and (self._bound is None or self._bound > own)
+        limit = self._gate.groups_per_step if tighter else self._gate.max_alive
         left: list[Scored] = []
-        for place, (id, slot) in enumerate(list(self._slots.items())):
-            if place < self._gate.max_alive and not any(too_old(scored) for scored in slot.finished.values()):
+        kept = 0
+        for id, slot in list(self._slots.items()):
+            if kept < limit and not any(too_old(scored) for scored in slot.finished.values()):
+                kept += 1
                 continue
             del self._slots[id]
             self._again.append(slot.request)
             left += slot.finished.values()
+        self._bound = own
         self._index()
         return left
 
@@ -226,6 +240,7 @@ class Buffer:
             "next_ordinal": self._next_ordinal,
             "completed": self._completed,
             "dropped_in_a_row": self._dropped_in_a_row,
+            "bound": self._bound,
             "strategy": self._strategy.state_dict(),
             "again": [request.id for request in self._again],
             "slots": [
@@ -261,6 +276,8 @@ class Buffer:
         self._dropped_in_a_row = int(state["dropped_in_a_row"])
         self._strategy.load_state_dict(state["strategy"])
         self._again = [requests[id] for id in state.get("again", [])]
+        own, saved = self._own_bound, state.get("bound", self._own_bound)
+        self._bound = None if own is None or saved is None else max(own, saved)
         self._slots = {}
         for saved in state["slots"]:
             lost = [id for id in saved["finished"] if id not in episodes]
