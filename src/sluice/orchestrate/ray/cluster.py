@@ -83,7 +83,9 @@ def _connect(options: dict[str, Any], address: str) -> None:
 @ray.remote(num_cpus=0)
 def _worker() -> tuple[bool, str]:
     """What a process of the cluster is like: whether it shows a token, and its Sluice."""
-    return token.asked(), __version__
+    from sluice import __version__ as version  # that process's: globals are sent along
+
+    return token.asked(), version
 
 
 def _refuse_another(address: str) -> None:
