@@ -13,6 +13,7 @@ import httpx
 
 from sluice.config.router import RouterConfig
 from sluice.config.sglang import SGLangConfig
+from sluice.errors import EngineError
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
 from sluice.rollout.engines.sglang.handshake import ROUTES
 from sluice.rollout.engines.sglang.member import Member, Running
@@ -169,7 +170,10 @@ class FakeServer:
 
 @dataclass(eq=False)
 class FakeRouter:
-    """Sticky by key; a new key goes to the server with the fewest. Knows who was added and removed, in order."""
+    """Sticky by key; a new key goes to the server with the fewest. Knows who was added and removed, in order.
+
+    `kill` ends it; its next `stillborn` starts fail; then it is another one, who knows nobody.
+    """
 
     world: World
     url: str = ROUTER
@@ -177,7 +181,21 @@ class FakeRouter:
     events: list[str] = field(default_factory=list)
     homes: dict[str, str] = field(default_factory=dict)
 
-    async def start(self) -> None: ...
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    stillborn: int = 0
+    life: int = 0
+
+    def kill(self, *, stillborn: int = 0) -> None:
+        self.life += 1
+        self.stillborn = stillborn
+        self.over.set()
+
+    async def start(self) -> None:
+        if self.stillborn:
+            self.stillborn -= 1
+            raise EngineError("the router ended while it started")
+        self.over.clear()
+        self.workers.clear()
 
     async def add(self, url: str, *, role: str = "regular", bootstrap_port: int | None = None) -> None:
         self.events.append(f"add {url} serving {self.world.servers[url].label}")
@@ -188,12 +206,14 @@ class FakeRouter:
         self.workers.remove(url)
 
     async def ended(self) -> str:
-        await asyncio.Event().wait()
-        return ""
+        await self.over.wait()
+        return "it was killed"
 
     async def close(self) -> None: ...
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
+        if self.over.is_set():
+            raise httpx.ConnectError("connection refused")
         key = request.headers.get("x-smg-routing-key", "")
         if not self.workers:
             return httpx.Response(503, json={"error": "no available workers"})
@@ -201,10 +221,13 @@ class FakeRouter:
             homes = list(self.homes.values())
             self.homes[key] = min(self.workers, key=lambda url: (homes.count(url), self.workers.index(url)))
         url = self.homes[key]
+        life = self.life
         try:
             response = await self.world.servers[url](request)
         except httpx.ConnectError:
             return httpx.Response(502, json={"error": "bad gateway"})
+        if self.life != life:
+            raise httpx.ReadError("connection reset")
         response.headers["x-smg-routed-worker-id"] = url
         return response
 

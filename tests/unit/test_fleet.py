@@ -12,7 +12,7 @@ from tests.unit.sglang_world import Published, World
 
 from sluice.errors import EngineError, Unroutable, WeightsError
 from sluice.rollout.engines.base import Finish, GenerateRequest, PauseMode
-from sluice.rollout.engines.sglang import keeper
+from sluice.rollout.engines.sglang import keeper, routed
 from sluice.types import SamplingParams, Version, VersionSpan
 
 
@@ -328,3 +328,58 @@ def test_a_refusal_of_the_request_itself_is_not_tried_again() -> None:
             await world.fleet.generate(GenerateRequest("long", np.ones(64, np.int32), SamplingParams(max_new_tokens=1)))
 
     with_fleet("a", "b")(body)
+
+
+def test_a_router_that_ends_is_started_again_while_requests_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It dies twice more as it starts; nobody goes past it, and no request runs out of patience meanwhile."""
+    monkeypatch.setattr(routed, "PATIENCE", 1)
+
+    async def body(world: World) -> None:
+        published = await served(world)
+        for server in world.servers.values():
+            server.go.clear()
+        asked = lambda: sum(len(server.named("/generate")) for server in world.servers.values())  # noqa: E731
+        before = asked()
+        begun = [asyncio.create_task(world.fleet.generate(request(f"r{n}", key=f"e{n}"))) for n in range(3)]
+        await until(lambda: asked() == before + 3)
+        begin, seen = world.router.start, list[int]()
+
+        async def start() -> None:
+            await asyncio.sleep(0.3)  # longer than a request that finds nobody waits before it tries again
+            seen.append(asked() - before)
+            await begin()
+
+        monkeypatch.setattr(world.router, "start", start)
+        world.router.events.clear()
+        world.router.kill(stillborn=2)
+        await until(lambda: world.router.stillborn == 1)
+        late = asyncio.create_task(world.fleet.generate(request("late", key="e9")))
+        await until(lambda: "router: serving again" in world.lines)
+        for server in world.servers.values():
+            server.go.set()
+        for got in await asyncio.gather(*begun, late):
+            assert got.ids.tolist() == list(range(102, 110))
+        assert seen == [3, 3, 3]
+        assert [line for line in world.lines if line.startswith("router: ")] == [
+            "router: lost: it was killed",
+            "router: lost: the router ended while it started",
+            "router: lost: the router ended while it started",
+            "router: serving again",
+        ]
+        assert sorted(world.router.events) == [f"add http://{name}:1 serving {published.label}" for name in ("a", "b")]
+
+    with_fleet("a", "b", restarts=3)(body)
+
+
+def test_a_router_that_ends_too_often() -> None:
+    async def body(world: World) -> None:
+        await served(world)
+        world.router.kill(stillborn=9)
+        await until(lambda: world.fleet.version is None)
+        with pytest.raises(Unroutable, match="the router ended too often: the router ended while it started"):
+            await world.fleet.generate(request())
+        await world.fleet.apply(Published(Version(1)))  # the servers take it, and nobody leads there
+        with pytest.raises(Unroutable, match="the router ended too often"):
+            await world.fleet.generate(request("again"))
+
+    with_fleet("a", "b", restarts=2)(body)

@@ -68,6 +68,7 @@ class SGLangFleet:
         self._server: Server | None = None  # what every member can do
         self._target: Published | None = None  # what members should be serving
         self._shut = False  # an update is under way and nobody serves beside it
+        self._unrouted = ""  # why there is no router any more
         self._lock = asyncio.Lock()  # one pause, resume, update or admission at a time
         self._settled = asyncio.Condition()
         self._keepers: list[asyncio.Task[None]] = []
@@ -137,13 +138,24 @@ class SGLangFleet:
         self._keepers.append(task)
 
     async def _keep_router(self) -> None:
-        """A router that ended is started again, as often as an engine, and told who serves."""
+        """A router that ended, while it started too, is started again, as often as an engine, and told who serves."""
+        roster = self._roster
+        why = await roster.router_ended()
         for _ in range(self._config.restarts):
-            self._tell(f"router: lost: {await self._roster.router_ended()}")
-            async with self._lock:
-                await self._roster.start_router()
+            self._tell(f"router: lost: {why}")
+            await roster.close_router()
+            await self._settle()  # requests wait, instead of running out of patience
+            try:
+                async with self._lock:
+                    await roster.start_router()
+                    await self._settle()
+            except EngineError as error:
+                why = str(error.args[0])
+                continue
             self._tell("router: serving again")
-        self._flights.fail(f"the router ended too often: {await self._roster.router_ended()}")
+            why = await roster.router_ended()
+        self._unrouted = f"the router ended too often: {why}"
+        await self._settle()
 
     # ── generation ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -251,9 +263,11 @@ class SGLangFleet:
         """Bring the gate to where the servers are."""
         roster = self._roster
         if self._target is not None and self._server is not None:
-            if not roster.hopeful and not self._shut:
+            if self._unrouted:
+                self._flights.fail(self._unrouted)
+            elif not roster.hopeful and not self._shut:
                 self._flights.fail("; ".join(why_not(member) for member in roster.members))
-            elif roster.mode is None and not self._shut and roster.serves:
+            elif roster.mode is None and not self._shut and roster.serves and roster.routed:
                 self._flights.open()
             else:
                 self._flights.ready()

@@ -84,6 +84,11 @@ class Roster:
         """Whether a request that waits will be served."""
         return any(unit.hopeful for unit in self.units)
 
+    @property
+    def routed(self) -> bool:
+        """Whether the router is there, if there is to be one."""
+        return self._make is None or self.wire is not None
+
     # ── the router ──────────────────────────────────────────────────────────────────────────────────────
 
     async def start_router(self) -> None:
