@@ -127,7 +127,8 @@ def table(rows: list[dict[str, Any]], first: str) -> str:
     for each in rows:
         tokens = each["tokens_trained"] + each["tokens_masked"] + each["tokens_dropped"]
         cells = [f"{each[first]:g}", str(each["max_lag"]), each["policy"]]
-        cells += [f"{each['slot_idle']:.0%}", f"{each['trainer_idle']:.0%}", f"{each['seconds_per_batch']:.0f}"]
+        cells += [f"{max(0.0, each['slot_idle']):.0%}", f"{each['trainer_idle']:.0%}"]  # rounding may leave -0
+        cells += [f"{each['seconds_per_batch']:.0f}"]
         cells += [f"{each['trained_tokens_per_second'] / each['engines']:.1f}"]
         cells += [f"{each['trained_tokens_per_second'] / base[each[first]]:.2f}"]
         cells += [f"{each['tokens_masked'] / tokens:.1%}", f"{each['tokens_dropped'] / tokens:.1%}"]
@@ -140,6 +141,11 @@ def write_table(engines: list[int], out: Path) -> None:
     rows = rows_of(engines, (8.0,))
     by_tail = rows_of([64], TAILS)
     keep(out, "table", {"world": described(entry(64, GateConfig(), 8.0)), "by_engines": rows, "by_tail": by_tail})
+    (out / "simulate.md").write_text(page(rows, by_tail))
+
+
+def page(rows: list[dict[str, Any]], by_tail: list[dict[str, Any]]) -> str:
+    """What `simulate.md` says."""
     note = (
         f"Simulated: `python -m benchmarks.simulate table`. {SLOTS} slots an engine, {WORK} s a decoding step,\n"
         f"groups of {SAMPLES}, as many episodes a batch as slots; lognormal lengths, median 1,000 tokens, 99th\n"
@@ -148,7 +154,7 @@ def write_table(engines: list[int], out: Path) -> None:
         "measured."
     )
     parts = [note, table(rows, "engines"), "64 engines, by how heavy the tail is:", table(by_tail, "tail")]
-    (out / "simulate.md").write_text("\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
 
 
 def keep(out: Path, key: str, value: Any) -> None:
