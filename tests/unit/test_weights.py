@@ -129,6 +129,24 @@ def test_an_abandoned_version_is_never_current_and_counts_from_the_fork() -> Non
         line.lag(Version(9))
 
 
+def test_a_lag_is_found_without_the_whole_history() -> None:
+    looked_at: list[Version] = []
+
+    class Watched(dict[Version, Born]):
+        def __getitem__(self, version: Version) -> Born:
+            looked_at.append(version)
+            return super().__getitem__(version)
+
+    line = Lineage(Born(Version(2 * s), Version(2 * s - 2) if s else None, "") for s in range(1000))
+    line.current = Version(1998)
+    line._born = Watched(line._born)
+    assert [line.lag(Version(1998)), line.lag(Version(1992)), line.in_line(Version(1994))] == [0, 6, True]
+    assert not line.in_line(Version(1993))
+    assert len(looked_at) < 20
+    assert line.lag(Version(0)) == 1998
+    assert len(looked_at) > 1000, "what is watched is what is walked"
+
+
 def test_rewinding_gives_a_version_its_name_back() -> None:
     line = lineage()
     other = Lineage()

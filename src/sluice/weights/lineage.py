@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,34 +51,41 @@ class Lineage:
 
     def ancestry(self, version: Version) -> list[Version]:
         """The version, its parent, and so on to the first. Raises WeightsError for an unknown one."""
-        line: list[Version] = []
+        return list(self._line(version))
+
+    def _line(self, version: Version) -> Iterator[Version]:
         at: Version | None = version
         while at is not None:
             if at not in self._born:
                 raise WeightsError(f"version {at} was never published by this run")
-            line.append(at)
+            yield at
             at = self._born[at].parent
-        return line
 
     def lag(self, version: Version) -> int:
         """Optimizer steps from `version` to the one in use, along the lineage.
 
         For a version on an abandoned branch the steps are counted from where the branches parted, and at
-        least one: such weights were never those in use.
+        least one: such weights were never those in use. The line is followed no further than it must be: a run
+        that has published ten thousand versions asks for the lag of every episode.
         """
         if self.current is None:
             raise WeightsError("no version is in use yet")
         if version == self.current:
             return 0
-        line = self.ancestry(self.current)
-        if version in line:
+        if self._follows(self.current, version):
             return self.current.step - version.step
-        common = next(at for at in self.ancestry(version) if at in set(line))
+        line = set(self._line(self.current))
+        common = next(at for at in self._line(version) if at in line)
         return max(1, self.current.step - common.step)
+
+    def _follows(self, later: Version, version: Version) -> bool:
+        """Whether `version` is `later` or an ancestor of it. A parent's step is never above its child's."""
+        line = itertools.takewhile(lambda at: at.step >= version.step, self._line(later))
+        return any(at == version for at in line)
 
     def in_line(self, version: Version) -> bool:
         """Whether `version` is the one in use or an ancestor of it."""
-        return self.current is not None and version in self.ancestry(self.current)
+        return self.current is not None and self._follows(self.current, version)
 
     def state_dict(self) -> dict[str, Any]:
         return {
