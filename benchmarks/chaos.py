@@ -12,8 +12,8 @@ At random places of its log one of its parts meets a fault, until there were as 
 
 The plan follows from the seed; what the parts do at that moment does not. The run must then complete, and its log must
 show, or the command fails: every finished episode has one fate in the surviving lineage, none was trained twice, every
-step trained a whole batch, and no token was trained with more lag than allowed. Recovery is the time from a fault to
-the next episode that finished, and to the next update, by the times in the log. A run that completes before it has met
+step had a whole batch, and no token was trained with more lag than allowed. Recovery is the time from a fault to the
+next episode that finished, and to the next update, by the times in the log. A run that completes before it has met
 all faults is resumed with more steps. Cut connections, and agents that run elsewhere, are not part of this.
 """
 
@@ -48,6 +48,7 @@ from sluice.log import (
     VersionRecord,
     account,
 )
+from sluice.types import VersionSpan
 from sluice.weights.lineage import Born, Lineage
 
 WORDS = {"engine": "embedded.server", "rank": "ranks.program", "router": "smg::router"}
@@ -258,15 +259,16 @@ def recovery(log: LogReader, met: Met) -> tuple[float | None, float | None]:
     return episode, update
 
 
-def lags(entries: Iterable[Entry]) -> Counter[int]:
+def lags(entries: Iterable[Entry], bound: int) -> Counter[int]:
     """How many sampled spans were trained with which lag, by the versions and the order of the log.
 
-    Updates that a resume took back count as well. A step's dispositions stand before the version that it made.
+    Spans beyond the bound are left out where the record says that as many tokens were masked. Updates that a resume
+    took back count as well. A step's dispositions stand before the version that it made.
     """
     found: Counter[int] = Counter()
     born: list[Born] = []
     lineage = Lineage()
-    spans: dict[str, list[Any]] = {}
+    spans: dict[str, list[VersionSpan]] = {}
     for entry in entries:
         match entry.record:
             case VersionRecord(version, parent, checksum):
@@ -274,9 +276,11 @@ def lags(entries: Iterable[Entry]) -> Counter[int]:
                 lineage = Lineage(born)
                 lineage.current = version
             case EpisodeRecord(episode):
-                spans[episode.id] = [span.version for turn in episode.sampled_turns() for span in turn.spans]
-            case DispositionRecord(episode_id=id, disposition=Disposition.TRAINED):
-                found.update(lineage.lag(version) for version in spans[id])
+                spans[episode.id] = [span for turn in episode.sampled_turns() for span in turn.spans]
+            case DispositionRecord(episode_id=id, disposition=Disposition.TRAINED, masked_tokens=masked):
+                rows = [(lineage.lag(span.version), span.end - span.start) for span in spans[id]]
+                spared = sum(tokens for lag, tokens in rows if lag > bound) == masked
+                found.update(lag for lag, _ in rows if lag <= bound or not spared)
             case _:
                 pass
     return found
@@ -286,8 +290,10 @@ def prove(config: RunConfig) -> dict[str, Any]:
     """What the log of a run that is over shows. SystemExit when it is not what it must be."""
     log = LogReader(config.folder / "log")
     fate = account(log.read(kinds=ACCOUNTED))
-    trained = lags(log.read(kinds=(Kind.VERSION, Kind.EPISODE, Kind.DISPOSITION)))
-    partial = [step for step in range(1, config.steps + 1) if len(fate.trained_at(step)) != GROUPS * SAMPLES]
+    trained = lags(log.read(kinds=(Kind.VERSION, Kind.EPISODE, Kind.DISPOSITION)), LAG)
+    records = [record for each in fate.surviving.values() for record in each]
+    batches = Counter(record.step for record in records)  # trained, or with a reason why not
+    partial = [step for step in range(1, config.steps + 1) if batches[step] != GROUPS * SAMPLES]
     shown = {
         "records": log.latest,
         "steps": config.steps,
@@ -296,6 +302,7 @@ def prove(config: RunConfig) -> dict[str, Any]:
         "decided_twice": len(fate.decided_twice),
         "consumed_before_logged": len(fate.unlogged),
         "steps_without_their_batch": len(partial),
+        "fates": dict(Counter(f"{each.disposition}: {each.reason}".rstrip(": ") for each in records)),
         "lag_bound": LAG,
         "trained_spans_by_lag": {str(lag): trained[lag] for lag in sorted(trained)},
         "updates_taken_back": len({record.step for record in fate.abandoned if record.step is not None}),

@@ -21,8 +21,8 @@ def finished(id: str, step: int) -> EpisodeRecord:
     return EpisodeRecord(episode(id, "g000001", (0, 3, step)))
 
 
-def trained(id: str, step: int) -> DispositionRecord:
-    return DispositionRecord(id, "g000001", Disposition.TRAINED, step)
+def trained(id: str, step: int, masked: int = 0) -> DispositionRecord:
+    return DispositionRecord(id, "g000001", Disposition.TRAINED, step, masked_tokens=masked)
 
 
 def test_a_plan_follows_from_its_seed_and_leaves_nothing_out() -> None:
@@ -35,10 +35,12 @@ def test_lag_is_counted_from_the_version_in_use_when_a_step_begins() -> None:
     line = [born(0, parent=None), finished("a", 0), finished("b", 0), finished("c", 0)]
     line += [trained("a", 1), born(1, parent=Version(0)), born(2, parent=Version(1)), trained("b", 3)]
     line += [born(3, parent=Version(2)), trained("c", 4)]
-    assert lags(log(*line)) == {0: 1, 2: 1, 3: 1}
+    assert lags(log(*line), 2) == {0: 1, 2: 1, 3: 1}
+    assert lags(log(*line[:-1], trained("c", 4, masked=3)), 2) == {0: 1, 2: 1}  # what is too old was masked
+    assert lags(log(*line[:-1], trained("c", 4, masked=2)), 2) == {0: 1, 2: 1, 3: 1}
 
 
 def test_lag_of_a_version_that_a_resume_took_back_is_counted_from_where_the_branches_parted() -> None:
     line = [born(0, parent=None), born(1, parent=Version(0)), born(2, parent=Version(1)), finished("a", 2)]
     line += [ResumeRecord(1, 2), born(1, parent=Version(0)), born(2, 1, parent=Version(1)), trained("a", 3)]
-    assert lags(log(*line)) == {1: 1}
+    assert lags(log(*line), 2) == {1: 1}
