@@ -79,12 +79,36 @@ def train(arguments: argparse.Namespace) -> dict[str, Any]:
         "rollout_tokens_per_second": summary.rollout_tokens_per_second,
         "train_tokens_per_second": summary.train_tokens_per_second,
         "mismatch_mean_abs": summary.logprob_mismatch_mean_abs,
+        "batches_per_second": round((len(rows) - 1) / wall_of(rows[1:]), 4),
+        "median_after_the_first": medians(rows[1:]),
         "last_row": rows[-1],
         "curve": curve,
     }
     if arguments.out is not None:
         plot(curve, arguments.out / f"{config.name}-curve.png")
     return result
+
+
+def wall_of(rows: Sequence[Any]) -> float:
+    """Seconds of batches, without those of evaluations and checkpoints."""
+    outside = ("time/evaluate", "time/checkpoint")
+    return sum(v or 0.0 for row in rows for k, v in row.items() if k.startswith("time/") and k not in outside)
+
+
+def medians(rows: Sequence[Any]) -> dict[str, float]:
+    """Of what a batch costs: seconds of each switch of a shared device, memory, idle engines, the trainer's waiting."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        wall = wall_of([row])
+        found.setdefault("trainer_idle_share", []).append((row.get("time/rollout") or 0.0) / wall)
+        for name, value in row.items():
+            if name.startswith(("switch/", "memory/")) or name in (
+                "engine/idle_share",
+                "gate/lag_mean",
+                "gate/lag_max",
+            ):
+                found.setdefault(name, []).append(value)
+    return {name: round(float(np.median(values)), 4) for name, values in sorted(found.items())}
 
 
 def plot(curve: dict[str, Any], file: Path) -> None:

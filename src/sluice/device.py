@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
+import psutil
 import torch
 
 from sluice.errors import ConfigError
@@ -49,6 +52,24 @@ def several(device: str, count: int) -> list[str]:
     return [f"cuda:{first + number}" for number in range(count)]
 
 
+def visible(device: str) -> list[str]:
+    """The accelerators that this process sees, as `CUDA_VISIBLE_DEVICES` names them; none on a CPU."""
+    if device == "cpu":
+        return []
+    ours = os.environ.get(VISIBLE)
+    return ours.split(",") if ours else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def total_memory(device: str) -> int:
+    """Bytes of the accelerator; on a CPU of the host, or what the container may use of it."""
+    if device != "cpu":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [psutil.virtual_memory().total]
+    with suppress(OSError, ValueError):
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(limits)
+
+
 def set_threads(threads: int | None) -> None:
     """Use this many CPU threads in torch; None leaves torch's choice."""
     if threads is not None:
@@ -72,6 +93,27 @@ def peak_memory(kind: str) -> int:
     if kind == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.cuda.max_memory_allocated()
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait for what was asked of the device."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_in_use(device: torch.device | str) -> int:
+    """Bytes in use now: of the accelerator, by all processes; of this process, on a CPU."""
+    if torch.device(device).type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    with Path("/proc/self/statm").open(encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def free_cached(device: torch.device | str) -> None:
+    """Give back to the device what torch keeps of it without use, so that another process can have it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
 
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -25,13 +25,27 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint and the log.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run folder of this name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe as TOML; no run.")] = False,
+    colocate: Annotated[
+        bool | None,
+        typer.Option("--colocate/--no-colocate", help="Engines and trainer take turns on the same devices."),
+    ] = None,
+    train_gpus: Annotated[
+        int | None, typer.Option("--train-gpus", min=1, metavar="N", help="Devices that train, one rank each.")
+    ] = None,
+    rollout_gpus: Annotated[
+        int | None, typer.Option("--rollout-gpus", min=1, metavar="N", help="Devices of all engines together.")
+    ] = None,
     seed: Seed = None,
     name: Name = None,
 ) -> None:
     """Train a model as the recipe says."""
+    from sluice.config.sizes import sized
+
     if resume and overwrite:
         raise ConfigError("--resume continues the run folder, --overwrite replaces it", hint="give one of them")
-    config = load(recipe, overrides, seed=seed, name=name)
+    if colocate is not None:
+        overrides = [*(overrides or []), f"placement.colocate={str(colocate).lower()}"]
+    config = sized(load(recipe, overrides, seed=seed, name=name), train=train_gpus, rollout=rollout_gpus)
     if dry_run:
         from sluice.config.dump import resolved_toml
 
@@ -42,7 +56,8 @@ def train(
     try:
         api.train(config, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
-        again = [recipe, *(overrides or []), *_flags(seed=seed, name=name), "--resume"]
+        sizes = {"train-gpus": train_gpus, "rollout-gpus": rollout_gpus}
+        again = [recipe, *(overrides or []), *_flags(seed=seed, name=name, **sizes), "--resume"]
         fail(f"interrupted\n  → resume with: sluice train {shlex.join(again)}")
         raise typer.Exit(130) from None
 

@@ -15,6 +15,9 @@ class PlacementConfig(Part):
     runtime: Literal["inline", "ray"] = "inline"
     """`inline`: the run's process, with servers and ranks as its children. `ray`: servers and ranks are actors that a
     Ray cluster places."""
+    colocate: bool = False
+    """Engines and trainer take turns on the same devices: engines give their memory up while the trainer computes, the
+    trainer's state waits in host memory while they generate. False gives each devices of its own."""
     address: ClusterAddress = ""
     """Ray cluster to attach to: `auto`, `host:port` or `ray://host:port`. Empty attaches to the cluster of the Ray job
     the run is in, if it is in one, and else starts a local one that ends with the run."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from sluice import __version__, device
 from sluice.algos import make_algorithm
+from sluice.algos.base import Algorithm
 from sluice.checkpoint.store import Checkpoint, CheckpointStore
 from sluice.config.data import OnStale
 from sluice.config.run import RunConfig
@@ -27,13 +28,16 @@ from sluice.obs.sinks import open_sinks
 from sluice.obs.summary import Summary
 from sluice.obs.timing import PhaseTimer
 from sluice.obs.view import View
+from sluice.orchestrate.assignment import assign
 from sluice.orchestrate.beside import Beside
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.folder import digest
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
+from sluice.orchestrate.ledger import ledger
 from sluice.orchestrate.loop import Loop, Parts, Progress
 from sluice.orchestrate.placement import Placement
+from sluice.orchestrate.pool import Apart, Shared
 from sluice.orchestrate.producer import Producer, Recovered
 from sluice.orchestrate.recovery import alive_episodes, alive_requests, first_alive, logged_episodes, logged_versions
 from sluice.orchestrate.serving import Rollout, open_rollout
@@ -100,16 +104,18 @@ class InlineRun:
 
             algorithm = make_algorithm(config.algorithm, max_new_tokens=config.rollout.sampling.max_new_tokens)
             frozen = frozen_policies(algorithm, config.teachers, initial_model(config, folder))
+            self._count_memory(algorithm)
             start = self._start_model(checkpoint, data)
             tokenizer = load_tokenizer(start)
             engine, sink = make_engine(
-                config.rollout,
+                assign(config, self._device) if config.placement.runtime == "inline" else config.rollout,
                 start,
                 tokenizer,
                 device=self._device,
                 folder=folder,
                 tell=self._view.log,
                 hosts=self._hosts,
+                shares=config.placement.colocate,
             )
             rollout = await open_rollout(
                 stack, config.rollout, engine, tokenizer, folder=folder,
@@ -118,6 +124,9 @@ class InlineRun:
             )  # fmt: skip
             check_prompts(rollout.runner, data, config.rollout.sampling.max_new_tokens)
 
+            pool = Shared(engine, sink, self._timer, self._device) if config.placement.colocate else Apart(sink)
+            if isinstance(pool, Shared):
+                await pool.vacate()
             trainer = stack.enter_context(
                 self._trainers.open(
                     "policy", config.train, start, total_steps=total_updates(config, algorithm), seed=config.seed,
@@ -143,8 +152,10 @@ class InlineRun:
             apart = not (isinstance(engine, EmbeddedEngine) and isinstance(trainer, TorchTrainer))
             beside = Beside(apart=apart, threads=config.threads)
             stack.callback(beside.close)
+            if isinstance(pool, Shared):
+                await pool.occupied(trainer, critic, beside)
             parts = Parts(
-                sink=sink, producer=producer,
+                pool=pool, producer=producer,
                 evaluator=make_evaluator(stack, config, rollout, journal, data) if data.held_out else None,
                 trainer=trainer, critic=critic, algorithm=algorithm,
                 learner=Learner(trainer, algorithm, critic, micro_batch_tokens=config.train.micro_batch_tokens),
@@ -186,6 +197,14 @@ class InlineRun:
             self._view.compare(before.answers, after.answers)
         self._view.finish(summary)
         return summary
+
+    def _count_memory(self, algorithm: Algorithm) -> None:
+        """Refuse what cannot fit, before it is loaded. Shown where memory is somebody's concern."""
+        counted = ledger(self._config, algorithm, initial_model(self._config, self._folder), self._device)
+        counted.refuse_if_too_much()
+        if self._config.placement.colocate or self._device != "cpu":
+            for line in counted.lines():
+                self._view.log(line)
 
     def _start_model(self, checkpoint: Checkpoint | None, data: Data) -> Path:
         """The model of step 0: the initial one, or what the phases before RL made of it. It is also the reference."""

@@ -34,12 +34,12 @@ from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.fates import disposition, with_advantages
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
+from sluice.orchestrate.pool import Pool
 from sluice.orchestrate.producer import Producer
 from sluice.train.base import Critic, StepStats, Trainer
 from sluice.types import Group, Outcome, Scored, Version
-from sluice.weights.base import Sink
 from sluice.weights.lineage import Lineage
-from sluice.weights.store import WeightStore, activate
+from sluice.weights.store import WeightStore
 
 
 @dataclass(slots=True)
@@ -62,7 +62,7 @@ class Progress:
 class Parts:
     """What the loop drives. Built by `orchestrate.setup`; any placement gives the same parts."""
 
-    sink: Sink
+    pool: Pool
     producer: Producer
     evaluator: Evaluator | None
     trainer: Trainer
@@ -115,10 +115,11 @@ class Loop:
         """Name the trainer's weights, log them behind what else belongs to the step, and activate them."""
         parts = self._parts
         with self._phase("publish"):
+            await parts.pool.rest()
             published = await parts.beside(parts.store.publish, parts.trainer, self.progress.step)
             born = published.manifest
             await parts.journal.write(*records, VersionRecord(born.version, born.parent, born.checksum))
-            await activate(published, [parts.sink])
+            await parts.pool.serve(published)
         return born.version
 
     async def evaluate(self) -> EvalResult:
@@ -179,6 +180,7 @@ class Loop:
         self._check_infrastructure(groups)
         step = progress.step + parts.algorithm.updates_per_batch
         judged, dispositions, verdicts = self._judge(groups, step)
+        await parts.pool.train()
         with self._phase("score"):
             scored = await parts.beside(parts.learner.score, judged)
         with self._phase("train"):
@@ -269,7 +271,7 @@ class Loop:
         metrics["speed/rollout_tokens_per_second"] = progress.rollout_tokens / seconds[0]
         metrics["speed/train_tokens_per_second"] = progress.trained_tokens / seconds[1]
         metrics |= {f"time/{name}": value for name, value in parts.timer.lap().items()}
-        metrics |= parts.figures()
+        metrics |= {**parts.figures(), **parts.pool.figures()}
         for sink in parts.sinks:
             sink.write(progress.batch, metrics)
         parts.view.step(progress.batch, metrics)

@@ -18,6 +18,7 @@ from sluice.orchestrate.inline import InlineRun, facts
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
 from sluice.orchestrate.loop import Loop, Parts
+from sluice.orchestrate.pool import Apart
 from sluice.orchestrate.recovery import logged_versions
 from sluice.orchestrate.replay import (
     NoEngine,
@@ -83,7 +84,7 @@ class ReplayRun(InlineRun):
             beside = Beside(apart=False, threads=config.threads)
             stack.callback(beside.close)
             parts = Parts(
-                sink=NoEngine(), producer=producer, evaluator=None, trainer=trainer, critic=critic,
+                pool=Apart(NoEngine()), producer=producer, evaluator=None, trainer=trainer, critic=critic,
                 algorithm=algorithm,
                 learner=Learner(trainer, algorithm, critic, micro_batch_tokens=config.train.micro_batch_tokens),
                 buffer=buffer, gate=gate, lineage=lineage, store=WeightStore(folder / "weights", start, lineage),

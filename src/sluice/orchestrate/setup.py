@@ -161,6 +161,7 @@ def make_engine(
     folder: Path,
     tell: Callable[[str], None],
     hosts: Hosts | None = None,
+    shares: bool = False,
 ) -> tuple[Engine, Sink]:
     """The engine that `rollout.engine` names; it is also the sink of weight updates.
 
@@ -168,13 +169,16 @@ def make_engine(
         folder: of the run; logs of servers that are started go there.
         tell: told in a line each what servers do while they start, and when one is lost.
         hosts: where servers are started; None takes this host.
+        shares: the engine gives its memory up while the trainer computes.
     """
     if config.engine == "embedded" and config.embedded.servers:
         engine = embedded_fleet(config, model=model_folder, folder=folder, device=device, progress=tell, hosts=hosts)
     elif config.engine == "embedded":
         engine = embedded_engine(config.embedded, model_folder, tokenizer, device=device)
     elif config.engine == "sglang":
-        engine = make_fleet(config, model=model_folder, folder=folder, device=device, progress=tell, hosts=hosts)
+        engine = make_fleet(
+            config, model=model_folder, folder=folder, device=device, progress=tell, hosts=hosts, shares=shares
+        )
     else:
         engine = SGLangEngine(config.engine, config.sglang)
     return engine, engine

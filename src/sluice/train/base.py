@@ -108,6 +108,22 @@ class Trainer(Protocol):
         """
         ...
 
+    def offload(self) -> None:
+        """Leave the accelerator: weights, moments, frozen policies go to host memory. Nothing else is lost.
+
+        What does not compute still works meanwhile: `named_weights`, `save_model`, `save_state`, `load_state`.
+        Harmless when repeated, and on a CPU, where there is nowhere to go.
+        """
+        ...
+
+    def onload(self) -> None:
+        """Inverse of `offload`. The next `score` or `step` is the same bit for bit as without either."""
+        ...
+
+    def peak_memory(self) -> list[int]:
+        """Bytes at most so far, of each process that trains: on its accelerator, or resident on a CPU."""
+        ...
+
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor once, under its Hugging Face checkpoint name, tied ones under the first name only."""
         ...
@@ -157,6 +173,14 @@ class Critic(Protocol):
         Raises:
             TrainError: loss or gradient are not finite; nothing was updated.
         """
+        ...
+
+    def offload(self) -> None:
+        """See `Trainer.offload`."""
+        ...
+
+    def onload(self) -> None:
+        """See `Trainer.onload`."""
         ...
 
     def save_state(self, folder: Path) -> None:

@@ -165,6 +165,11 @@ class PackedModel:
         if self._whole is not None:
             rest(self._whole)
 
+    def move(self, device: str) -> None:
+        """A sharded model to another device; there it is for safekeeping only, unless it is the ranks' own."""
+        assert self._whole is not None
+        self._whole.to(device)
+
     def scores(self, pack: Pack) -> TokenScores:
         """Log-prob and entropy of the tokens in `pack.index`, shape `[scored]`; with gradient if enabled."""
         if self._whole is None:

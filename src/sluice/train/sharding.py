@@ -99,8 +99,15 @@ def _add_up(module: FSDPModule) -> None:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor. A collective call where it is sharded: every rank makes it, in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole of a tensor. A collective call where it is sharded: every rank makes it, in the same order.
+
+    A part in host memory passes through the ranks' device, which is where they meet.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    there = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(there, DTensor)
+    return there.full_tensor()
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:

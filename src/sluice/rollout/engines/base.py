@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from sluice.types import Floats, Ids, Routes, SamplingParams, Version, VersionSpan
 
@@ -30,6 +30,13 @@ class PauseMode(StrEnum):
     RECOMPUTE = "recompute"
     KEEP_KV = "keep_kv"
     ABORT = "abort"
+
+
+class Memory(StrEnum):
+    """What an engine gives up and takes back of its device's memory, in the order in which it is taken back."""
+
+    WEIGHTS = "weights"
+    KV = "kv_cache"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,3 +137,24 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Yielding(Engine, Protocol):
+    """An engine that can leave its devices to somebody else, and come back to them."""
+
+    async def drain(self) -> None:
+        """Pause, and keep nothing of running turns at the device: after `resume` they go on from their tokens."""
+        ...
+
+    async def release_memory(self) -> None:
+        """Give up weights and KV cache. The engine is drained, and stays so.
+
+        Raises:
+            CapabilityError: it cannot (`Capabilities.memory_release`).
+        """
+        ...
+
+    async def resume_memory(self, part: Memory) -> None:
+        """Take one part back: the weights, whose values are lost until `Sink.apply`, and after that the KV cache."""
+        ...

@@ -7,7 +7,7 @@ token, one position before: it does not know the token itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sluice.errors import CheckpointError
 from sluice.models.build import load_model
 from sluice.models.heads import backbone, output_head
 from sluice.train.attention import PACKED_ATTENTION
+from sluice.train.backends.offload import HostMemory
 from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import read_state, write_state
 from sluice.train.backends.torch import checkpoint_activations
@@ -77,6 +78,7 @@ class TorchCritic:
     ) -> None:
         self._train = train
         self._device = torch.device(device)
+        self._host = HostMemory(self._device)
         exact = _value_model(model_folder, train, torch.float32, None)
         attention = exact.attention
         model = exact if train.dtype == "float32" else _value_model(model_folder, train, torch.bfloat16, attention)
@@ -126,6 +128,18 @@ class TorchCritic:
             result.loss.backward()
             totals.add(micro, result)
         return totals
+
+    def offload(self) -> None:
+        """See `Critic.offload`."""
+        self.optimizer.zero_grad()
+        self._host.take(self._tensors())
+
+    def onload(self) -> None:
+        """See `Critic.onload`."""
+        self._host.give_back(self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from (*self.model.parameters(), *self.model.buffers(), *self.optimizer.tensors())
 
     def save_state(self, folder: Path) -> None:
         """See `Critic.save_state`."""

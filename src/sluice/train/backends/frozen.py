@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sluice.config.train import TrainConfig
 from sluice.models.build import load_model, to_device
@@ -48,6 +49,16 @@ class FrozenPolicies:
         if stream not in self._models:
             self._models[stream] = self._load(self._folders[stream])
         return self._models[stream]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Of every model that was read."""
+        for each in self._models.values():
+            yield from (*each.model.parameters(), *each.model.buffers())
+
+    def move(self, device: str) -> None:
+        """Models that are sharded to another device."""
+        for each in self._models.values():
+            each.move(device)
 
     def _load(self, folder: Path) -> PackedModel:
         config = self._config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -101,6 +101,18 @@ class MasterOptimizer:
     def _writes_master(self, name: str) -> bool:
         """Whether the float32 values of a parameter are not in the model's own checkpoint."""
         return self._rounded or self._masters[name] is not self._model[name]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds besides the model's own parameters: masters and moments."""
+        for name, master in self._masters.items():
+            if master is not self._model[name]:
+                yield master
+            yield from self._adamw.state.get(master, {}).values()
+
+    def move_moments(self, device: str) -> None:
+        """To another device, as new tensors."""
+        for state in self._adamw.state.values():
+            state.update({key: value.to(device) for key, value in state.items()})
 
     def state(self) -> dict[str, Tensor]:
         """Moments, and masters that are not the model's own parameters, as whole CPU tensors by flat names."""

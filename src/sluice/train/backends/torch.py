@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sluice import device as devices
 from sluice.config.train import TrainConfig
 from sluice.errors import CheckpointError, TrainError
 from sluice.models.build import load_model, to_device
 from sluice.train.attention import PACKED_ATTENTION
 from sluice.train.backends.frozen import FrozenPolicies
 from sluice.train.backends.lora import Adapters
+from sluice.train.backends.offload import HostMemory
 from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
 from sluice.train.backends.updating import step_gradients, take_step
@@ -72,6 +74,7 @@ class TorchTrainer:
         self._shards = shards
         self._folder = model_folder
         self._device = torch.device(device)
+        self._host = HostMemory(self._device)
         torch.manual_seed(seed)
         exact = load_model(model_folder, dtype="float32", attn_implementation=PACKED_ATTENTION)
         self._attention = choose_attention(exact, chunk=config.logprob_chunk, longest=config.micro_batch_tokens)
@@ -206,6 +209,40 @@ class TorchTrainer:
             return self._train_pass(micro, loss, streams, always=True)[0]
         (self._packed.scores(self._empty(self._packed)).logprob.sum() * 0.0).backward()
         return None
+
+    # ── memory ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def offload(self) -> None:
+        """See `Trainer.offload`."""
+        self.optimizer.zero_grad()
+        if self._shards is None:
+            self._host.take(self._tensors())
+        elif self._device.type != "cpu":
+            self._move_shards("cpu")
+            devices.free_cached(self._device)
+
+    def onload(self) -> None:
+        """See `Trainer.onload`."""
+        if self._shards is None:
+            self._host.give_back(self._tensors())
+        elif self._device.type != "cpu":
+            self._move_shards(str(self._device))
+
+    def peak_memory(self) -> list[int]:
+        """See `Trainer.peak_memory`."""
+        return [devices.peak_memory(self._device.type)]
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Everything that lies on the device between two steps."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        yield from self.optimizer.tensors()
+        yield from self._frozen.tensors()
+
+    def _move_shards(self, device: str) -> None:
+        self._packed.move(device)
+        self._frozen.move(device)
+        self.optimizer.move_moments(device)
 
     # ── weights and state ───────────────────────────────────────────────────────────────────────────────
 

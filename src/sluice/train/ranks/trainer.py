@@ -154,6 +154,14 @@ class RankedTrainer:
         shares = split_over(batch, self._crew.size, self._config.micro_batch_tokens, alone=alone)
         return shares, TrainBatch(tuple(micro for share in shares for micro in share if micro.samples))
 
+    def offload(self) -> None:
+        """See `Trainer.offload`."""
+        self._all("offload")
+
+    def onload(self) -> None:
+        """See `Trainer.onload`."""
+        self._all("onload")
+
     # ── weights and state ───────────────────────────────────────────────────────────────────────────────
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -178,5 +186,5 @@ class RankedTrainer:
         self._steps_done = int(self._all("load_state", model.absolute(), state.absolute())[0])
 
     def peak_memory(self) -> list[int]:
-        """Bytes of each rank at most so far: on its accelerator, or resident on a CPU."""
+        """See `Trainer.peak_memory`."""
         return [int(found) for found in self._all("peak_memory")]

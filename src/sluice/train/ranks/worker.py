@@ -125,6 +125,12 @@ class RankWorker:
         self._trainer.optimizer.zero_grad()
         return tuple(_portable(self._trainer.train_pass(micro, loss, streams)) for micro in micros)
 
+    def offload(self) -> None:
+        self._trainer.offload()
+
+    def onload(self) -> None:
+        self._trainer.onload()
+
     def write_weights(self, file: Path) -> None:
         """The model's tensors under their checkpoint names, by the first rank, in one safetensors file."""
         weights = dict(self._trainer.named_weights())
@@ -144,7 +150,7 @@ class RankWorker:
 
     def peak_memory(self) -> int:
         """Bytes of this rank: of the accelerator, or resident on a CPU."""
-        return devices.peak_memory(self._trainer.model.device.type)
+        return self._trainer.peak_memory()[0]
 
 
 def _store(spec: RankSpec) -> Store:

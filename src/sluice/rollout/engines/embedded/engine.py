@@ -23,10 +23,11 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from sluice import device as devices
 from sluice.config.rollout import EmbeddedConfig
 from sluice.errors import EngineError, Unroutable, WeightsError
 from sluice.models.names import checkpoint_views
-from sluice.rollout.engines.base import Capabilities, Finish, GenerateRequest, Generation, PauseMode
+from sluice.rollout.engines.base import Capabilities, Finish, GenerateRequest, Generation, Memory, PauseMode
 from sluice.rollout.engines.embedded.activate import activate
 from sluice.rollout.engines.embedded.admission import Limits, admit, context_length
 from sluice.rollout.engines.embedded.kv import BlockPool
@@ -83,7 +84,8 @@ class EmbeddedEngine:
             device=torch.device(device),
             context_length=config.context_length,
         )
-        self._weights = checkpoint_views(model)
+        self._weights = checkpoint_views(self._runner.model)
+        self._missing: set[Memory] = set()
         self._limits = Limits(
             context_length=context_length(config.context_length, self._runner.context_length, self._runner.name),
             kv_tokens=num_blocks * config.block_tokens,
@@ -158,6 +160,7 @@ class EmbeddedEngine:
             engine_version=f"transformers {transformers.__version__}",
             context_length=self._limits.context_length,
             keyed_noise=True,
+            memory_release=True,
         )
 
     async def generate(self, request: GenerateRequest) -> Generation:
@@ -212,9 +215,40 @@ class EmbeddedEngine:
             self._scheduler.retract()
 
     async def resume(self) -> None:
+        """Go on drawing tokens. EngineError while a part of the memory is released."""
         self._refuse_if_gone()
+        if self._missing:
+            raise EngineError(f"{self._name} cannot go on without its {sorted(self._missing)[0]}, which was released")
         self._paused = False
         self._work.set()
+
+    async def drain(self) -> None:
+        """See `Yielding.drain`."""
+        await self.pause(PauseMode.RECOMPUTE)
+
+    async def release_memory(self) -> None:
+        """Give up weights and KV cache: what runs is kept as tokens, and waits."""
+        await self.drain()
+        if not self._missing:
+            self._missing = set(Memory)
+            self._pool.invalidate()
+            self._weights = {}
+            self._runner.free_weights()
+            self._runner.cache.free()
+            devices.free_cached(self._runner.device)
+
+    async def resume_memory(self, part: Memory) -> None:
+        """See `Yielding.resume_memory`; harmless for a part that is there."""
+        self._refuse_if_gone()
+        if part not in self._missing:
+            return
+        if part is Memory.WEIGHTS:
+            self._runner.allocate_weights()
+            self._weights = checkpoint_views(self._runner.model)
+            self._version = None
+        else:
+            self._runner.cache.allocate()
+        self._missing.discard(part)
 
     async def apply(self, published: Published) -> None:
         """Swap in a version, verified before anything is touched and again after it was copied.
@@ -228,6 +262,8 @@ class EmbeddedEngine:
             EngineError: the engine is closed or dead.
         """
         self._refuse_if_gone()
+        if Memory.WEIGHTS in self._missing:
+            raise EngineError(f"{self._name} has no memory for weights: they were released")
         if not self._paused:
             self._scheduler.retract()
         version = published.manifest.version

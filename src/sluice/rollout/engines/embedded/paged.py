@@ -96,9 +96,18 @@ class PagedCache:
         self.block_tokens = block_tokens
         self.shapes = tuple(shapes)
         slots = (num_blocks + 1) * block_tokens
-        self.layers = [
-            torch.zeros((2 * shape.heads, slots, shape.width), dtype=dtype, device=device) for shape in shapes
-        ]
+        self._sizes = [(2 * shape.heads, slots, shape.width) for shape in shapes]
+        self._dtype, self._device = dtype, device
+        self.layers: list[Tensor] = []
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Take the memory, empty."""
+        self.layers = [torch.zeros(size, dtype=self._dtype, device=self._device) for size in self._sizes]
+
+    def free(self) -> None:
+        """Give the memory up with all that it holds, until `allocate`."""
+        self.layers = []
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store `[kv_heads, tokens, width]` keys and values at `slots` `[tokens]`."""

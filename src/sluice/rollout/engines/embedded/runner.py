@@ -101,6 +101,18 @@ class Runner:
         self._key_elements = max(2 * shape.heads * shape.width for shape in shapes)
         self._min_queries = max(query_rows(shape.width, self.heads // shape.heads) for shape in shapes)
         self._probe(dtype, context_length or self.context_length)
+        self._shapes: dict[str, torch.Size] = {}
+
+    def free_weights(self) -> None:
+        """Give up the memory of every parameter; their values are lost."""
+        self._shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+    def allocate_weights(self) -> None:
+        """Take it back, with arbitrary values."""
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.new_empty(self._shapes[name])
 
     @property
     def context_length(self) -> int | None:

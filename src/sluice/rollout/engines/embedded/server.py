@@ -33,7 +33,7 @@ from sluice import __version__
 from sluice.config.rollout import EmbeddedConfig
 from sluice.errors import EngineError, SluiceError, Unroutable, WeightsError
 from sluice.models.build import load_model
-from sluice.rollout.engines.base import GenerateRequest, Generation, PauseMode
+from sluice.rollout.engines.base import GenerateRequest, Generation, Memory, PauseMode
 from sluice.rollout.engines.embedded.engine import EmbeddedEngine
 from sluice.rollout.engines.embedded.received import Received, read_bucket, read_folder
 from sluice.types import SamplingParams, Version, VersionSpan
@@ -63,6 +63,10 @@ class Pause(BaseModel):
 class Abort(BaseModel):
     rid: str = ""
     abort_all: bool = False
+
+
+class Occupation(BaseModel):
+    tags: list[Memory] | None = None
 
 
 class FromTensor(BaseModel):
@@ -123,6 +127,7 @@ class Server:
             "/begin_weight_update": self.begin, "/end_weight_update": self.end,
             "/update_weights_from_tensor": self.from_tensor, "/update_weights_from_disk": self.from_disk,
             "/weights_checker": self.checker,
+            "/release_memory_occupation": self.release_memory, "/resume_memory_occupation": self.resume_memory,
         }  # fmt: skip
         for path, handler in gets.items():
             app.add_api_route(path, handler, methods=["GET"], response_model=None)
@@ -146,7 +151,8 @@ class Server:
         return {
             **await self.model_info(), "version": f"embedded-{__version__}", "tp_size": 1, "dp_size": 1,
             "context_length": self.engine.context_length, "disaggregation_mode": "null", "internal_states": [{}],
-            "sampling_mask_max_tokens": self.engine.vocab_size, "statistics": self.engine.statistics(),
+            "sampling_mask_max_tokens": self.engine.vocab_size, "enable_memory_saver": True,
+            "statistics": self.engine.statistics(),
         }  # fmt: skip
 
     async def models(self) -> dict[str, Any]:
@@ -239,6 +245,18 @@ class Server:
 
     async def go_on(self) -> dict[str, Any]:
         await self.engine.resume()
+        return {"success": True}
+
+    async def release_memory(self, body: Occupation) -> dict[str, Any]:
+        """Everything at once: a part alone is of no use to anybody."""
+        if body.tags is not None and set(body.tags) != set(Memory):
+            raise EngineError("only weights and kv_cache together can be released")
+        await self.engine.release_memory()
+        return {"success": True}
+
+    async def resume_memory(self, body: Occupation) -> dict[str, Any]:
+        for part in body.tags or Memory:
+            await self.engine.resume_memory(part)
         return {"success": True}
 
     async def flush(self) -> dict[str, Any]:

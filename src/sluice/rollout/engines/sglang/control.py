@@ -25,7 +25,7 @@ from torch import Tensor
 from sluice import device as devices
 from sluice.config.sglang import SGLangConfig
 from sluice.errors import CapabilityError, EngineError, WeightsError
-from sluice.rollout.engines.base import PauseMode
+from sluice.rollout.engines.base import Memory, PauseMode
 from sluice.rollout.engines.sglang.handshake import Server, shake_hands
 from sluice.rollout.engines.sglang.tensors import bucketed, free_unread, is_local, promised, serialise
 from sluice.rollout.engines.sglang.wire import RefusedError, Wire
@@ -73,6 +73,8 @@ class Control:
         """A load is under way: the server's own name of its weights may be ahead of `label`."""
         self.held: PauseMode | None = None
         self.num_pauses = 0
+        self.released: frozenset[Memory] = frozenset()
+        """Parts of its memory that the server has given up."""
         self._config = config
         self._model = model
         self._device = device
@@ -138,14 +140,18 @@ class Control:
             known = ", ".join(sorted(self.server.capabilities.pause_modes))
             raise CapabilityError(f"{self.wire.where} cannot pause with {mode}", hint=f"it can with {known}")
 
-    async def hold(self, mode: PauseMode) -> None:
-        """Bring the server into `mode`. It may serve nothing when that fails half-way."""
+    async def hold(self, mode: PauseMode, *, empty: bool = False) -> None:
+        """Bring the server into `mode`. It may serve nothing when that fails half-way.
+
+        Args:
+            empty: a recompute pause is an abort as well, so that the server keeps no request.
+        """
         wire, server = self.wire, self.server
-        if self.held is mode:
+        if self.held is mode and not empty:
             return
         self.num_pauses += 1
         word = "in_place" if mode is PauseMode.KEEP_KV else "abort"
-        if mode is PauseMode.RECOMPUTE and server.retracts:
+        if mode is PauseMode.RECOMPUTE and server.retracts and not empty:
             word = "retract"
         try:
             if self.held is PauseMode.KEEP_KV and word == "abort":
@@ -162,6 +168,24 @@ class Control:
     async def let_go(self) -> None:
         await self.wire.post("/continue_generation")
         self.held = None
+
+    # ── memory ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def release_memory(self) -> None:
+        """Weights, KV cache and captured graphs; the server holds no request. Harmless when repeated.
+
+        A server that keeps no account of its memory, such as SGLang's on a CPU, says yes and keeps it.
+        """
+        if not self.released:
+            await self.wire.post("/release_memory_occupation", {})
+            self.released = frozenset(Memory)
+
+    async def resume_memory(self, part: Memory) -> None:
+        """Take a part back, with it what depends on it. Harmless for a part that is there."""
+        if part in self.released:
+            alike = {Memory.WEIGHTS: ["weights"], Memory.KV: ["kv_cache", *self.server.graphs]}[part]
+            await self.wire.post("/resume_memory_occupation", {"tags": alike})
+            self.released -= {part}
 
     # ── weights ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -270,7 +294,7 @@ class Control:
 
     @property
     def _may_flush(self) -> bool:
-        return self.held is not PauseMode.KEEP_KV
+        return self.held is not PauseMode.KEEP_KV and Memory.KV not in self.released
 
 
 def vocabulary(manifest: Manifest | None) -> int | None:

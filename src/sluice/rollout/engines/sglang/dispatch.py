@@ -77,12 +77,14 @@ class Traffic:
         requests: POSTs by server.
         context_tokens, cached_tokens: of the first POST of each turn; their ratio is the prefix hit rate.
         resumed: turns that were sent again after a cut.
+        busy_seconds: with a request under way that nothing held up.
     """
 
     requests: dict[str, int] = field(default_factory=dict[str, int])
     context_tokens: int = 0
     cached_tokens: int = 0
     resumed: int = 0
+    busy_seconds: float = 0.0
 
     @property
     def hit_rate(self) -> float:

@@ -8,6 +8,7 @@ keepers  ──► one per server: lease, loss, restart, the run's weights, back
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ import httpx
 
 from sluice.config.router import RouterConfig
 from sluice.config.sglang import SGLangConfig
-from sluice.errors import EngineError, Unroutable, WeightsError
-from sluice.rollout.engines.base import Capabilities, GenerateRequest, Generation, PauseMode
+from sluice.errors import CapabilityError, EngineError, Unroutable, WeightsError
+from sluice.rollout.engines.base import Capabilities, GenerateRequest, Generation, Memory, PauseMode
 from sluice.rollout.engines.sglang.affinity import Affinity
 from sluice.rollout.engines.sglang.control import vocabulary
 from sluice.rollout.engines.sglang.flights import Flights
@@ -71,6 +72,9 @@ class SGLangFleet:
         self._unrouted = ""  # why there is no router any more
         self._lock = asyncio.Lock()  # one pause, resume, update or admission at a time
         self._settled = asyncio.Condition()
+        self._seen = 0.0, time.perf_counter()
+        self._room = asyncio.Event()  # cleared while the devices are somebody else's
+        self._room.set()
         self._keepers: list[asyncio.Task[None]] = []
         self._flights = Flights(
             self, name=self.name, seconds=config.request_seconds, slots=config.max_concurrent * len(members)
@@ -215,6 +219,35 @@ class SGLangFleet:
             await self._roster.resume()
             await self._settle()
 
+    async def drain(self) -> None:
+        """See `Yielding.drain`. Turns that run come back as tokens, and wait here."""
+        async with self._lock:
+            if not self._flights.failed:
+                self._flights.ready()
+            await self._roster.pause(PauseMode.RECOMPUTE, empty=True)
+            await self._settle()
+
+    async def release_memory(self) -> None:
+        """See `Yielding.release_memory`. A server that dies from now on is started again when memory is taken back."""
+        server = self._server
+        if server is None or not server.capabilities.memory_release:
+            raise CapabilityError(
+                f"{self.name} cannot give up its memory",
+                hint="servers that a run starts with placement.colocate can; start others with --enable-memory-saver",
+            )
+        await self.drain()
+        async with self._lock:
+            self._room.clear()
+            await self._roster.release_memory()
+            await self._settle()
+
+    async def resume_memory(self, part: Memory) -> None:
+        """See `Yielding.resume_memory`."""
+        async with self._lock:
+            await self._roster.resume_memory(part)
+            self._room.set()
+            await self._settle()
+
     async def apply(self, published: Published) -> None:
         """Swap in a version, unit after unit, so that others keep serving; all at once when nothing is in flight.
 
@@ -287,6 +320,10 @@ class SGLangFleet:
         await self._roster.unroute(member, State.AWAY)
         await self._settle()
 
+    async def room(self) -> None:
+        """Wait until servers may be started: not while their devices are somebody else's."""
+        await self._room.wait()
+
     async def admit(self, member: Member) -> None:
         """Give a member that is back the weights of the run, and route to it."""
         async with self._lock:
@@ -313,9 +350,12 @@ class SGLangFleet:
             self._progress(line)
 
     def figures(self) -> dict[str, float]:
-        """Counters since the start, for the metrics of a run."""
-        traffic = self._flights.traffic
+        """Counters since the start, and the share of the time since the last call in which no turn was under way."""
+        self._flights.count_time()
+        traffic, now = self._flights.traffic, time.perf_counter()
+        (busy, since), self._seen = self._seen, (traffic.busy_seconds, now)
         return {
+            "engine/idle_share": 1.0 - (traffic.busy_seconds - busy) / max(now - since, 1e-9),
             "engine/prefix_hit_rate": traffic.hit_rate,
             "engine/rekeyed": float(self.affinity.rekeyed),
             "engine/restarts": float(sum(member.restarts for member in self.members())),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,7 @@ class Flights:
         self._gate = asyncio.Event()
         self._gate.set()
         self._failed = "no weights have been applied yet"
+        self._busy, self._since = False, time.perf_counter()
         self.traffic = Traffic()
 
     # ── the gate ────────────────────────────────────────────────────────────────────────────────────────
@@ -100,15 +102,24 @@ class Flights:
         """New requests wait. While nothing is served they are refused instead, as before."""
         if not self._failed:
             self._gate.clear()
+        self.count_time()
 
     def open(self) -> None:
         self._failed = ""
         self._gate.set()
+        self.count_time()
 
     def ready(self) -> None:
         """Something can be served again, but not yet: new requests wait."""
         self._failed = ""
         self._gate.clear()
+        self.count_time()
+
+    def count_time(self) -> None:
+        """Account the time until now; to be called before and after what changes whether anything is under way."""
+        now = time.perf_counter()
+        self.traffic.busy_seconds += now - self._since if self._busy else 0.0
+        self._busy, self._since = bool(self._flights) and self._gate.is_set() and not self._failed, now
 
     def fail(self, reason: str) -> None:
         """Serve nothing from now on; whoever waits is told."""
@@ -141,6 +152,7 @@ class Flights:
         if request.rid in self._flights:
             raise EngineError(f"a request named {request.rid!r} is already running at {self._name}")
         flight = self._flights[request.rid] = Flight(request)
+        self.count_time()
         try:
             async with asyncio.timeout(self._seconds), self._slots:
                 engine = await self._fly(flight, server, max_new_tokens)
@@ -151,6 +163,7 @@ class Flights:
             ) from error
         finally:
             del self._flights[request.rid]
+            self.count_time()
         return join(flight.pieces, plain=request.sampling.is_plain, engine=engine)
 
     async def _fly(self, flight: Flight, server: Server, max_new_tokens: int) -> str:

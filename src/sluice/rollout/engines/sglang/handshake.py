@@ -39,6 +39,7 @@ class Server:
         checks: it can tell a checksum of its weights.
         routes: what a position's routed experts are made of; None when they are not reported.
         keyed: draws follow a request's noise key, and any distribution is reported: an embedded engine's server.
+        graphs: memory of captured graphs is a part of its own, under this tag.
     """
 
     capabilities: Capabilities
@@ -50,6 +51,7 @@ class Server:
     checks: bool = False
     routes: RouteShape | None = None
     keyed: bool = False
+    graphs: tuple[str, ...] = ()
 
     def reports_kept(self, sampling: SamplingParams) -> bool:
         """Whether it tells the log-probs after top-p/top-k/min-p: SGLang only for a bounded number of tokens."""
@@ -95,7 +97,8 @@ async def shake_hands(wire: Wire, name: str, model: Path | None = None) -> Serve
             bracketed_updates=bracketed,
             pause_modes=frozenset(modes),
             routed_experts=routes is not None,
-            memory_release=bool(info.get("enable_memory_saver")) and "/release_memory_occupation" in spec["paths"],
+            memory_release="/release_memory_occupation" in spec["paths"]
+            and (bool(info.get("enable_memory_saver")) or info.get("device") == "cpu"),
         ),
         bracketed=bracketed,
         retracts=bracketed and spans and "retract" in pauses and alone,
@@ -105,6 +108,7 @@ async def shake_hands(wire: Wire, name: str, model: Path | None = None) -> Serve
         checks="/weights_checker" in spec["paths"],
         routes=routes,
         keyed=keyed,
+        graphs=() if keyed else ("cuda_graph",),
     )
 
 
@@ -132,6 +136,7 @@ def common(servers: Sequence[Server], name: str) -> Server:
         checks=all(server.checks for server in servers),
         routes=servers[0].routes if all(server.routes == servers[0].routes for server in servers) else None,
         keyed=all(server.keyed for server in servers),
+        graphs=servers[0].graphs,
     )
 
 

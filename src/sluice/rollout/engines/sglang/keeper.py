@@ -29,6 +29,10 @@ class Owner(Protocol):
         """Take it out of routing; what it was busy with is sent elsewhere."""
         ...
 
+    async def room(self) -> None:
+        """Wait until a server may be started."""
+        ...
+
     async def admit(self, member: Member) -> None:
         """Give a server that answers the weights of the run, and route to it."""
         ...
@@ -106,6 +110,7 @@ async def revive(owner: Owner, member: Member, why: str) -> bool:
         member.restarts += member.owned
         try:
             await member.stop()
+            await owner.room()
             await member.start()
             await owner.admit(member)
             return True

@@ -86,6 +86,7 @@ class Launcher:
         context_length: longest sequence in tokens; None takes the model's own, or the server's default.
         progress: told what each server is doing while it starts.
         host: address that servers listen on.
+        shares: servers give their memory up while the trainer computes.
     """
 
     config: SGLangConfig
@@ -95,6 +96,7 @@ class Launcher:
     context_length: int | None = None
     progress: Callable[[str], None] | None = None
     host: str = HOST
+    shares: bool = False
 
     def on(self, host: str) -> Launcher:
         """See `Launches`."""
@@ -134,6 +136,7 @@ class Launcher:
             "quantization": config.quantization or None,
             "enable-deterministic-inference": config.deterministic or None,
             "enable-return-routed-experts": config.routed_experts or None,
+            "enable-memory-saver": True if self.shares and self.build != "cpu" else None,
         }
         sizes = {"tp-size": group.tp, "dp-size": group.dp, "ep-size": group.ep, "pp-size": group.pp}
         optional |= {name: size for name, size in sizes.items() if size > 1}

@@ -25,6 +25,7 @@ def make_fleet(
     device: str,
     progress: Callable[[str], None] | None = None,
     hosts: Hosts | None = None,
+    shares: bool = False,
 ) -> SGLangFleet:
     """The engine of `rollout.engine = "sglang"`. `start` starts or finds everything, `close` ends what it started.
 
@@ -35,6 +36,7 @@ def make_fleet(
         device: resolved device of the run; decides the build when the recipe does not.
         progress: told what starts, is lost and comes back, in a line each.
         hosts: where servers are started; None takes this host.
+        shares: servers give their memory up while the trainer computes.
 
     Raises:
         ConfigError: the recipe's parts do not fit together.
@@ -42,7 +44,7 @@ def make_fleet(
     logs = folder.absolute() / "engines"
     sglang = config.sglang
     build = devices.platform(device) if sglang.build == "auto" else sglang.build
-    launcher = Launcher(sglang, model.absolute(), logs, build, config.context_length, progress)
+    launcher = Launcher(sglang, model.absolute(), logs, build, config.context_length, progress, shares=shares)
     key = api_key(sglang)
     if sglang.urls:
         members = [_attached(url.rstrip("/"), config, key) for url in sglang.urls]

@@ -12,7 +12,8 @@ from typing import Protocol, TypeVar
 import httpx
 
 from sluice.errors import EngineError, WeightsError
-from sluice.rollout.engines.base import PauseMode
+from sluice.rollout.engines.base import Memory, PauseMode
+from sluice.rollout.engines.sglang.control import Control
 from sluice.rollout.engines.sglang.member import Member, State, Unit, units
 from sluice.rollout.engines.sglang.wire import LostError, Wire
 from sluice.weights.base import Published
@@ -133,21 +134,33 @@ class Roster:
 
     # ── pauses ──────────────────────────────────────────────────────────────────────────────────────────
 
-    async def pause(self, mode: PauseMode) -> None:
-        """Hold everybody who answers. Who cannot be held is out of routing: it may be half-way."""
-        present = [member for member in self.members if member.state is not State.AWAY]
-        for member in present:
+    async def pause(self, mode: PauseMode, *, empty: bool = False) -> None:
+        """Hold everybody who answers; see `Control.hold`. Who cannot be held is out of routing: it may be half-way."""
+        for member in self._present:
             member.control.refuse_mode(mode)
         self.mode = mode
-        lives = [member.life for member in present]
-        faults = await faults_of([member.control.hold(mode) for member in present])
-        await self._drop(present, lives, faults)
+        await self._ask(self._present, lambda control: control.hold(mode, empty=empty))
 
     async def resume(self) -> None:
         self.mode = None
         serving = [member for member in self.members if member.state is State.SERVING]
-        lives = [member.life for member in serving]
-        await self._drop(serving, lives, await faults_of([member.control.let_go() for member in serving]))
+        await self._ask(serving, lambda control: control.let_go())
+
+    async def release_memory(self) -> None:
+        """Of everybody who answers."""
+        await self._ask(self._present, lambda control: control.release_memory())
+
+    async def resume_memory(self, part: Memory) -> None:
+        await self._ask(self._present, lambda control: control.resume_memory(part))
+
+    @property
+    def _present(self) -> list[Member]:
+        return [member for member in self.members if member.state is not State.AWAY]
+
+    async def _ask(self, members: Sequence[Member], what: Callable[[Control], Awaitable[None]]) -> None:
+        """The same of several, side by side. Who does not do it is out of routing."""
+        lives = [member.life for member in members]
+        await self._drop(members, lives, await faults_of([what(member.control) for member in members]))
 
     # ── weights ─────────────────────────────────────────────────────────────────────────────────────────
 

@@ -1,0 +1,52 @@
+"""Which accelerators of this host are whose: the trainer's ranks count from the run's device, engines come after them,
+or, with `placement.colocate`, sit on the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sluice import device as devices
+from sluice.config.rollout import RolloutConfig
+from sluice.config.run import RunConfig
+from sluice.config.sglang import EngineGroup
+from sluice.errors import ConfigError
+
+
+def assign(config: RunConfig, device: str) -> RolloutConfig:
+    """The recipe's rollout, with `devices` named for every SGLang server that is started and that names none.
+
+    Left as they are: servers on a CPU or of several hosts, and those of a run that has one accelerator for all: it is
+    shared, at the same time or by turns, and nobody has to be told which.
+
+    Args:
+        device: resolved device of the run.
+
+    Raises:
+        ConfigError: there are too few accelerators.
+    """
+    rollout, visible = config.rollout, devices.visible(device)
+    wanted = sum(_size(group) * group.engines for group in rollout.sglang.groups)
+    named = any(group.devices or group.nodes > 1 for group in rollout.sglang.groups)
+    if rollout.engine != "sglang" or rollout.sglang.urls or named or len(visible) <= 1:
+        return rollout
+    first, ranks = int(device.partition(":")[2] or 0), config.train.ranks
+    pool = visible[first : first + ranks] if config.placement.colocate else visible[first + ranks :]
+    if wanted > len(pool):
+        whose = f"the trainer has {len(pool)}" if config.placement.colocate else f"{len(pool)} are left beside it"
+        raise ConfigError(
+            f"the engines ask for {wanted} accelerators; of {len(visible)} that are visible {whose}",
+            hint="fewer engines (--rollout-gpus), other train.ranks (--train-gpus), or rollout.sglang.groups.devices "
+            "to place them by hand",
+        )
+    left = iter(pool)
+    groups = tuple(group.model_copy(update={"devices": tuple(_take(group, left))}) for group in rollout.sglang.groups)
+    return rollout.model_copy(update={"sglang": rollout.sglang.model_copy(update={"groups": groups})})
+
+
+def _take(group: EngineGroup, left: Iterator[str]) -> Iterator[str]:
+    for _ in range(group.engines):
+        yield ",".join(next(left) for _ in range(_size(group)))
+
+
+def _size(group: EngineGroup) -> int:
+    return group.tp * group.pp * group.dp

@@ -1,0 +1,175 @@
+"""What a run will hold in memory, counted before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from sluice import device as devices
+from sluice.algos.base import ActorCritic, Algorithm
+from sluice.config.run import RunConfig
+from sluice.config.train import TrainConfig
+from sluice.errors import ConfigError
+from sluice.orchestrate.pool import GIB
+
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+GENERATES, TRAINS = "generates", "trains"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One part's memory on one device.
+
+    Attributes:
+        what: in words.
+        size: bytes.
+        when: stages in which it is there.
+        waits: bytes of it that lie in host memory in the other stages.
+    """
+
+    what: str
+    size: int
+    when: frozenset[str]
+    waits: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Entries of the fullest device, and what it has.
+
+    A lower bound: activations, logits and what libraries keep are not counted.
+    """
+
+    device: str
+    total: int
+    entries: Sequence[Entry]
+    shared: bool
+
+    def peak(self) -> tuple[str, int]:
+        """The stage with most in it, and its bytes."""
+        sums = {stage: sum(e.size for e in self.entries if stage in e.when) for stage in (GENERATES, TRAINS)}
+        stage = max(sums, key=lambda name: sums[name])
+        return stage, sums[stage]
+
+    @property
+    def waiting(self) -> int:
+        """Bytes of host memory that the trainer's state takes while engines generate."""
+        return sum(entry.waits for entry in self.entries) if self.shared else 0
+
+    def lines(self) -> list[str]:
+        """As it is printed at the start."""
+        stage, most = self.peak()
+        rows = [f"{each.what} {_gib(each.size)} ({' and '.join(sorted(each.when))})" for each in self.entries]
+        rows.append(f"at most {_gib(most)} of {_gib(self.total)} while it {stage}, activations not counted")
+        if self.waiting:
+            rows.append(f"{_gib(self.waiting)} of it wait in host memory while it {GENERATES}")
+        return [f"memory of {self.device}: {row}" for row in rows]
+
+    def refuse_if_too_much(self) -> None:
+        """ConfigError when even this much does not fit."""
+        stage, most = self.peak()
+        if most <= self.total:
+            return
+        parts = ", ".join(f"{e.what} {_gib(e.size)}" for e in self.entries if stage in e.when)
+        hint = "more train.ranks, train.dtype = 'bfloat16', train.lora, a smaller engine or KV cache"
+        raise ConfigError(
+            f"{self.device} has {_gib(self.total)}; while it {stage} the run needs {_gib(most)} there: {parts}",
+            hint=hint if self.shared else f"placement.colocate = true (engine and trainer take turns); or {hint}",
+        )
+
+
+def ledger(config: RunConfig, algorithm: Algorithm, model: Path, device: str) -> Ledger:
+    """Count what the parts of a run hold on the trainer's device, from the headers of the model's files.
+
+    Args:
+        model: folder of the first weights.
+        device: resolved device of the run.
+    """
+    both = frozenset({GENERATES, TRAINS})
+    shared = config.placement.colocate
+    parameters = count_parameters(model)
+    training = frozenset({TRAINS}) if shared else both
+    entries = list(_trainer(config.train, parameters, training))
+    frozen = [model] * ("reference" in algorithm.requires and config.train.lora is None)
+    frozen += [teacher.path for teacher in config.teachers]
+    if frozen:
+        size = sum(count_parameters(each) for each in frozen) * WIDTH[config.train.dtype] // config.train.ranks
+        entries.append(Entry("frozen policies", size, training, size))
+    if isinstance(algorithm, ActorCritic):
+        size = parameters * 16
+        entries.append(Entry("critic, its gradients and moments", size, training, parameters * 12))
+    serving = frozenset({GENERATES}) if shared else both
+    entries += _engine(config, model, parameters, device, serving)
+    return Ledger(device, devices.total_memory(device), entries, shared)
+
+
+def _trainer(config: TrainConfig, parameters: int, when: frozenset[str]) -> Iterable[Entry]:
+    width = WIDTH[config.dtype]
+    share = parameters // config.ranks
+    if config.lora is not None:
+        yield Entry("trained model, adapters not counted", share * width, when, share * width)
+        return
+    masters = 0 if width == 4 or config.ranks > 1 else 4
+    weights = 4 if config.ranks > 1 else width  # ranks keep float32 and round for every pass
+    yield Entry("trained model", share * (weights + masters), when, share * (weights + masters))
+    yield Entry("moments", share * 8, when, share * 8)
+    yield Entry("gradients", share * 4, frozenset({TRAINS}))
+
+
+def _engine(config: RunConfig, model: Path, parameters: int, device: str, when: frozenset[str]) -> Iterable[Entry]:
+    rollout = config.rollout
+    if config.replay is not None:
+        return
+    if rollout.engine == "embedded":
+        embedded = rollout.embedded
+        width, servers = WIDTH[embedded.dtype], max(embedded.servers, 1)
+        cache = _cache_bytes(model, embedded.kv_tokens, width)
+        yield Entry("weights of the engines", servers * parameters * width, when)
+        yield Entry("KV cache of the engines", servers * cache, when)
+    elif rollout.engine == "sglang" and not rollout.sglang.urls and device != "cpu":
+        if not config.placement.colocate and len(devices.visible(device)) > 1:
+            return  # on accelerators of their own
+        fraction = rollout.sglang.memory_fraction
+        if fraction is not None:
+            size = int(fraction * devices.total_memory(device))
+            yield Entry(f"SGLang, weights and KV cache (memory_fraction {fraction:g})", size, when)
+        else:
+            size = parameters * 2 // min(group.tp * group.pp for group in rollout.sglang.groups)
+            yield Entry("SGLang's weights, its KV cache not counted", size, when)
+
+
+def count_parameters(model: Path) -> int:
+    """Parameters in a model's safetensors files, by their headers alone; 0 where there are no such files."""
+    total = 0
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
+                size = 1
+                for length in tensors.get_slice(name).get_shape():
+                    size *= int(length)
+                total += size
+    return total
+
+
+def _cache_bytes(model: Path, tokens: int, width: int) -> int:
+    """Of a standard KV cache."""
+    config: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    return (
+        int(config["num_hidden_layers"])
+        * 2
+        * int(config.get("num_key_value_heads") or heads)
+        * head_dim
+        * (tokens * width)
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size < 100 * GIB else f"{size / GIB:.0f} GiB"
