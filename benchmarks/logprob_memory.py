@@ -73,7 +73,7 @@ def alone(variant: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]
     flags = [
         f"--{name}={getattr(args, name)}" for name in ("device", "vocabulary", "hidden", "chunk", "dtype", "rounds")
     ]
-    command = [sys.executable, __file__, *flags, "--tokens", str(tokens), "--variant", variant]
+    command = [sys.executable, "-m", "benchmarks.logprob_memory", *flags, "--tokens", str(tokens), "--variant", variant]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and "OutOfMemoryError" in done.stderr:
         line = next(line for line in done.stderr.splitlines() if "OutOfMemoryError" in line)

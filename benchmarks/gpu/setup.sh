@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# setup.sh PIECES SITE: make the two environments of a GPU host from the pieces of pack.py, all in one folder.
+# setup.sh PIECES SITE: make the environments of a GPU host from the pieces of pack.py, all in one folder.
 #
-# SITE/trainer/bin/python runs Sluice (this checkout), SITE/engine/bin/python runs SGLang and the router. Both see
-# the host's own packages (torch, triton, transformers) behind theirs, and neither sees the other's.
+# SITE/trainer/bin/python runs Sluice (this checkout), SITE/engine/bin/python SGLang and the router, SITE/trl/bin/python
+# TRL. All see the host's own packages (torch, triton, transformers) behind theirs, and none sees another's.
 set -euo pipefail
 mkdir -p "$2"
 pieces=$(cd "$1" && pwd) site=$(cd "$2" && pwd)
 repository=$(cd "$(dirname "$0")/../.." && pwd)
 host=$(python3 -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])')
-for name in trainer engine; do
+for name in trainer engine trl; do
   python3 -m venv --without-pip "$site/$name"
   packages=$(echo "$site/$name"/lib/python3.*/site-packages)
   mkdir -p "$site/unpacked"

@@ -110,7 +110,10 @@ def figures(result: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
 def write_prompts(prompts: list[Prompt], file: Path) -> Path:
     """Questions and answers, one JSON object a line."""
-    rows = [{"question": prompt.messages[-1].content, "answer": prompt.answer} for prompt in prompts]
+    rows = [
+        {"id": f"row-{number}", "question": prompt.messages[-1].content, "answer": prompt.answer}
+        for number, prompt in enumerate(prompts)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
