@@ -30,7 +30,7 @@ def test_colocated_engines_have_what_the_trainer_has(tmp_path: Path) -> None:
     both = sized(config, train=4, rollout=None)
     assert (both.train.ranks, both.rollout.sglang.groups[0].engines) == (4, 2)
     assert sized(config, train=4, rollout=2).rollout.sglang.groups[0].engines == 1
-    with pytest.raises(ConfigError, match="--rollout-gpus 6 with placement.colocate, where engines sit on the trainer"):
+    with pytest.raises(ConfigError, match=r"--rollout-gpus 6 with placement\.colocate, where engines sit on the"):
         sized(config, train=4, rollout=6)
 
 

@@ -16,7 +16,7 @@ from train_cases import make_samples
 from sluice.models.build import load_model
 from sluice.train.attention import PACKED_ATTENTION, layout, packed_attention
 from sluice.train.backends.critic import ValueModel
-from sluice.train.packed_model import Pack, PackedModel, choose_attention, make_pack
+from sluice.train.packed_model import Pack, PackedModel, choose_attention, make_pack, shares_prompts
 from sluice.train.prefixes import first_copies
 from sluice.types import MicroBatch, TrainSample
 
@@ -145,3 +145,15 @@ def test_gradients_of_shared_rows_by_finite_differences() -> None:
 
     assert attend(*states).shape == (1, 5, 4, 4)
     assert torch.autograd.gradcheck(attend, states)
+
+
+@pytest.mark.parametrize(
+    ("word", "on_a_cpu", "elsewhere"), [("auto", True, False), ("always", True, True), ("never", False, False)]
+)
+def test_where_beginnings_are_shared(word: str, on_a_cpu: bool, elsewhere: bool) -> None:
+    assert shares_prompts(word, CPU) is on_a_cpu
+    assert shares_prompts(word, torch.device("cuda", 0)) is elsewhere
+    samples = _samples("two groups and a stranger")
+    micro = MicroBatch(tuple(samples), np.zeros(sum(map(len, samples))))
+    pack = make_pack(micro, micro.stream("weight") > 0, CPU, share=on_a_cpu)
+    assert (pack.layout.sharing is not None) is on_a_cpu

@@ -43,6 +43,10 @@ class TrainConfig(Part):
     """Optimizer and schedule."""
     micro_batch_tokens: int = Field(default=8_192, ge=1)
     """Token budget of one forward and backward pass; a longer sample is refused with its size."""
+    share_prompts: Literal["auto", "always", "never"] = "auto"
+    """Compute what samples of a micro-batch begin with in common once: 1.5 to 3.9 times cheaper steps where that was
+    measured, on a CPU. `auto` does it there; on an accelerator gradients of shared tokens are added one by one, which
+    costs more than short prompts do."""
     logprob_chunk: int = Field(default=2_048, ge=1)
     """Tokens whose logits exist at one time; peak memory is chunk x vocabulary, whatever the batch."""
     dtype: DType = "float32"

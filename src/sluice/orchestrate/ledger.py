@@ -59,16 +59,18 @@ class Ledger:
     @property
     def waiting(self) -> int:
         """Bytes of host memory that the trainer's state takes while engines generate."""
-        return sum(entry.waits for entry in self.entries) if self.shared else 0
+        return sum(entry.waits for entry in self.entries) if self.shared and self.device != "cpu" else 0
 
     def lines(self) -> list[str]:
         """As it is printed at the start."""
-        stage, most = self.peak()
-        rows = [f"{each.what} {_gib(each.size)} ({' and '.join(sorted(each.when))})" for each in self.entries]
-        rows.append(f"at most {_gib(most)} of {_gib(self.total)} while it {stage}, activations not counted")
+        rows = [f"memory of {self.device}, {_gib(self.total)}, activations not counted:"]
+        for stage in (GENERATES, TRAINS):
+            there = [entry for entry in self.entries if stage in entry.when]
+            parts = " + ".join(f"{entry.what} {_gib(entry.size)}" for entry in there)
+            rows.append(f"  while it {stage}: {_gib(sum(entry.size for entry in there))} = {parts}")
         if self.waiting:
-            rows.append(f"{_gib(self.waiting)} of it wait in host memory while it {GENERATES}")
-        return [f"memory of {self.device}: {row}" for row in rows]
+            rows.append(f"  in host memory while it {GENERATES}: {_gib(self.waiting)}")
+        return rows
 
     def refuse_if_too_much(self) -> None:
         """ConfigError when even this much does not fit."""
@@ -93,7 +95,7 @@ def ledger(config: RunConfig, algorithm: Algorithm, model: Path, device: str) ->
     both = frozenset({GENERATES, TRAINS})
     shared = config.placement.colocate
     parameters = count_parameters(model)
-    training = frozenset({TRAINS}) if shared else both
+    training = frozenset({TRAINS}) if shared and device != "cpu" else both  # on a CPU it stays where it is
     entries = list(_trainer(config.train, parameters, training))
     frozen = [model] * ("reference" in algorithm.requires and config.train.lora is None)
     frozen += [teacher.path for teacher in config.teachers]
@@ -172,4 +174,6 @@ def _cache_bytes(model: Path, tokens: int, width: int) -> int:
 
 
 def _gib(size: int) -> str:
+    if size < GIB // 8:
+        return f"{size / 2**20:.1f} MiB"
     return f"{size / GIB:.2f} GiB" if size < 100 * GIB else f"{size / GIB:.0f} GiB"

@@ -44,16 +44,30 @@ class Pack:
     experts: Tensor | None = None
 
 
-def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device, replay: RoutingReplay | None = None) -> Pack:
+def shares_prompts(word: str, device: torch.device) -> bool:
+    """Whether samples share what they begin with, by `train.share_prompts`."""
+    return word == "always" or (word == "auto" and device.type == "cpu")
+
+
+def make_pack(
+    micro: MicroBatch,
+    scored: np.ndarray,
+    device: torch.device,
+    replay: RoutingReplay | None = None,
+    *,
+    share: bool = True,
+) -> Pack:
     """Tensors of `micro`; `scored` is the mask of tokens whose log-probs are wanted, `[tokens]`.
 
-    `replay` is that of the model which will run the pack. Without it, what samples begin with in common is computed
-    once; with it, the experts of equal tokens may differ.
+    Args:
+        replay: of the model which will run the pack. The experts of equal tokens may differ then: nothing is shared.
+        share: what samples begin with in common is computed once.
 
     Raises:
         TrainError: a scored token is the first of its sample, where nothing predicts it, or its
             temperature is not positive.
     """
+    share = share and replay is None
     index = np.flatnonzero(scored)
     positions = micro.positions
     temperature = micro.stream("temperature")[index]
@@ -73,7 +87,7 @@ def make_pack(micro: MicroBatch, scored: np.ndarray, device: torch.device, repla
     return Pack(
         ids=torch.from_numpy(micro.ids.astype(np.int64)).to(device).unsqueeze(0),
         positions=torch.from_numpy(positions).to(device).unsqueeze(0),
-        layout=layout(micro.lengths, device, None if replay else first_copies([s.ids for s in micro.samples])),
+        layout=layout(micro.lengths, device, first_copies([s.ids for s in micro.samples]) if share else None),
         index=torch.from_numpy(index).to(device),
         temperature=torch.from_numpy(temperature).to(device),
         experts=replay.table(micro, device) if replay else None,

@@ -28,7 +28,7 @@ from sluice.train.backends.torch import checkpoint_activations
 from sluice.train.backends.updating import step_gradients, take_step
 from sluice.train.base import CriticStats, Loss, ValueLoss
 from sluice.train.logprob import TokenScores
-from sluice.train.packed_model import Pack, choose_attention, make_pack, predicting_states
+from sluice.train.packed_model import Pack, choose_attention, make_pack, predicting_states, shares_prompts
 from sluice.train.packing import assign_groups, check_fit
 from sluice.train.totals import StepTotals, run_loss
 from sluice.types import LossInputs, LossOutput, MicroBatch, TrainBatch, TrainSample, ValueInputs
@@ -79,6 +79,7 @@ class TorchCritic:
         self._train = train
         self._device = torch.device(device)
         self._host = HostMemory(self._device)
+        self._share = shares_prompts(train.share_prompts, self._device)
         exact = _value_model(model_folder, train, torch.float32, None)
         attention = exact.attention
         model = exact if train.dtype == "float32" else _value_model(model_folder, train, torch.bfloat16, attention)
@@ -99,7 +100,9 @@ class TorchCritic:
             scored = (micro.stream("version") >= 0) | (micro.stream("weight") > 0)
             values = np.zeros(micro.num_tokens, np.float32)
             if scored.any():
-                values[scored] = self.model.values(make_pack(micro, scored, self._device)).float().cpu().numpy()
+                values[scored] = (
+                    self.model.values(make_pack(micro, scored, self._device, share=self._share)).float().cpu().numpy()
+                )
             for index, part in zip(members, np.split(values, micro.cu_seqlens[1:-1]), strict=True):
                 filled[index] = samples[index].with_streams(value=part)
         return filled
@@ -121,7 +124,7 @@ class TorchCritic:
             trained = micro.stream("weight") > 0
             if not trained.any():
                 continue
-            packed = make_pack(micro, trained, self._device)
+            packed = make_pack(micro, trained, self._device, share=self._share)
             values = self.model.values(packed)
             scores = TokenScores(values, torch.zeros_like(values))
             result = run_loss(micro, packed, scores, _of_values(loss), totals.streams)

@@ -32,7 +32,15 @@ from sluice.train.backends.optimizer import MasterOptimizer
 from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
 from sluice.train.backends.updating import step_gradients, take_step
 from sluice.train.base import Loss, StepStats
-from sluice.train.packed_model import Pack, PackedModel, check_replay, choose_attention, empty_pack, make_pack
+from sluice.train.packed_model import (
+    Pack,
+    PackedModel,
+    check_replay,
+    choose_attention,
+    empty_pack,
+    make_pack,
+    shares_prompts,
+)
 from sluice.train.packing import assign_groups, check_fit
 from sluice.train.routing import RoutingReplay
 from sluice.train.sharding import Shards, gathered, identity, like
@@ -75,6 +83,7 @@ class TorchTrainer:
         self._folder = model_folder
         self._device = torch.device(device)
         self._host = HostMemory(self._device)
+        self._share = shares_prompts(config.share_prompts, self._device)
         torch.manual_seed(seed)
         exact = load_model(model_folder, dtype="float32", attn_implementation=PACKED_ATTENTION)
         self._attention = choose_attention(exact, chunk=config.logprob_chunk, longest=config.micro_batch_tokens)
@@ -158,7 +167,7 @@ class TorchTrainer:
         if samples:
             scored = (micro.stream("version") >= 0) | (micro.stream("weight") > 0)
         if scored.any():
-            pack = make_pack(micro, scored, self._device, model.replay)
+            pack = make_pack(micro, scored, self._device, model.replay, share=self._share)
             values[scored] = model.scores(pack).logprob.float().cpu().numpy()
         elif self._shards:
             model.scores(self._empty(model))
@@ -196,7 +205,7 @@ class TorchTrainer:
         self, micro: MicroBatch, loss: Loss, streams: frozenset[str], *, always: bool
     ) -> tuple[MicroResult, bool]:
         """Forward and backward of one micro-batch, and whether the latter was left out; see `send_back`."""
-        packed = make_pack(micro, micro.stream("weight") > 0, self._device, self._packed.replay)
+        packed = make_pack(micro, micro.stream("weight") > 0, self._device, self._packed.replay, share=self._share)
         scores = self._packed.scores(packed)
         result: MicroResult = run_loss(micro, packed, scores, loss, streams)
         routing = self._packed.routing_metrics(packed)
