@@ -85,6 +85,7 @@ def written(place: Path) -> set[str]:
         "cispo": {**quiet, "algorithm": {"type": "cispo"}},
         "dis": {**quiet, "algorithm": {"type": "dis"}},
         "opd": {**quiet, "algorithm": {"type": "opd", "teacher": "first"}, **teacher},
+        "turns": {**quiet, "placement": {"colocate": True}},
         "session": {**quiet, "rollout": {"runner": {"type": "python", "path": f"{place / 'twice.py'}:Twice"}}},
     }
     found: set[str] = set()
