@@ -3,10 +3,10 @@
     python -m benchmarks.logprob_memory [--device cpu|cuda] [--tokens 2000 …] [--vocabulary 150000] [--hidden 64]
                                         [--chunk 256] [--dtype float32] [--rounds 1] [--out FILE]
 
-Each variant runs in a process of its own. Its peak, on a CPU, is `ru_maxrss` less that of a process that makes the
-inputs and gradients only; on an accelerator what torch had allocated at most, less inputs and gradients. Seconds are
-CPU seconds there and wall seconds here, the best of `rounds` after one to warm up (on a CPU: the only one). A variant
-that does not fit says so. Prints one JSON object.
+On a CPU each variant runs in a process of its own; its peak is `ru_maxrss` less that of a process that makes the inputs
+and gradients only. On an accelerator it is what torch had allocated at most, less inputs and gradients. Seconds are CPU
+seconds there and wall seconds here, the best of `rounds` after one to warm up (on a CPU: the only one). A variant that
+does not fit says so. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -68,16 +68,25 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
+def here(variant: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
+    """A variant on the accelerator, whose peak is counted from here on."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        return measure(variant, argparse.Namespace(**{**vars(args), "tokens": [tokens]}))
+    except torch.OutOfMemoryError as error:
+        return {"does_not_fit": str(error).partition(". GPU ")[0]}
+
+
 def alone(variant: str, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
     """A variant in a process of its own."""
+    if args.device == "cuda":
+        return here(variant, tokens, args)
     flags = [
         f"--{name}={getattr(args, name)}" for name in ("device", "vocabulary", "hidden", "chunk", "dtype", "rounds")
     ]
     command = [sys.executable, "-m", "benchmarks.logprob_memory", *flags, "--tokens", str(tokens), "--variant", variant]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and "OutOfMemoryError" in done.stderr:
-        line = next(line for line in done.stderr.splitlines() if "OutOfMemoryError" in line)
-        return {"does_not_fit": line.partition(": ")[2]}
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout)

@@ -27,6 +27,7 @@ from sluice.obs.view import NullView
 from sluice.orchestrate import api
 from sluice.orchestrate.ray import token
 from sluice.orchestrate.ray.cluster import Part, Room, cluster
+from sluice.orchestrate.ray.placement import by_turns
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -82,6 +83,32 @@ def test_a_run_on_ray_is_the_run_in_one_process(tmp_path: Path) -> None:
     fate = account(LogReader(runs["ray"].folder / "log").read(kinds=ACCOUNTED))
     assert fate.complete
     assert ours() == []
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_colocated_on_ray(tmp_path: Path, lag: int) -> None:
+    """Servers sit in the room of the ranks: half the cores. At lag 0 the tokens are those of the run in one process."""
+    options: dict[str, Any] = {"data": {"gate": {"max_lag": lag}}}
+    shared = {"runtime": "ray", "colocate": True}
+    config = recipe(tmp_path / "ray", "ray", **options, placement=shared)
+    api.train(config, view=NullView())
+    rows = read_metrics(config.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["switch/released_seconds"] > 0 for row in rows)
+    assert account(LogReader(config.folder / "log").read(kinds=ACCOUNTED)).complete
+    assert ours() == []
+    if lag == 0:
+        alone = recipe(tmp_path / "inline", "inline", **options)
+        api.train(alone, view=NullView())
+        assert logged(config) == logged(alone)
+
+
+def test_guests_ask_for_no_room_of_their_own() -> None:
+    hosts, guests = by_turns([Part(1.0), Part(1.0)], [Part(2.0)] * 3)
+    assert [part.bundle for part in hosts] == [{"CPU": 2.0}, {"CPU": 2.0}]
+    assert [part.guest_of for part in guests] == [0, 1, 0]
+    with pytest.raises(ConfigError, match="on accelerators is not there yet"):
+        by_turns([Part(1.0, 1)], [Part(1.0, 1)])
 
 
 def test_a_run_goes_on_elsewhere(tmp_path: Path) -> None:

@@ -139,10 +139,16 @@ def _refuse_if_nobody_listens(address: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Room for one actor."""
+    """Room for one actor.
+
+    Attributes:
+        cpus, accelerators: that it asks for.
+        guest_of: number of the part whose room it shares by turns: it asks for none of its own. Hosts come first.
+    """
 
     cpus: float
     accelerators: int = 0
+    guest_of: int | None = None
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -162,15 +168,16 @@ class Room:
 
     def __init__(self, parts: Sequence[Part], *, seconds: float) -> None:
         self._parts = list(parts)
+        hosts = [part for part in parts if part.guest_of is None]
         for kind, word in (("CPU", "CPU cores"), ("GPU", "accelerators")):
-            wanted = sum(part.bundle.get(kind, 0.0) for part in parts)
+            wanted = sum(part.bundle.get(kind, 0.0) for part in hosts)
             there = float(ray.cluster_resources().get(kind, 0.0))
             if wanted > there:
                 raise ConfigError(
                     f"the run asks for {wanted:g} {word}; the Ray cluster has {there:g}",
                     hint="lower train.ranks or the number of engines, or attach to a larger cluster",
                 )
-        self._group = placement_group([part.bundle for part in parts], strategy="PACK")
+        self._group = placement_group([part.bundle for part in hosts], strategy="PACK")
         try:
             ray.get(self._group.ready(), timeout=seconds)
         except GetTimeoutError as error:
@@ -185,8 +192,11 @@ class Room:
     def place(self, number: int) -> dict[str, Any]:
         """Options of the actor of part `number`."""
         part = self._parts[number]
-        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=number)
-        return {"num_cpus": part.cpus, "num_gpus": part.accelerators, "scheduling_strategy": strategy}
+        guest = part.guest_of is not None
+        bundle = part.guest_of if part.guest_of is not None else number
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=bundle)
+        own = {"num_cpus": 0, "num_gpus": 0} if guest else {"num_cpus": part.cpus, "num_gpus": part.accelerators}
+        return {**own, "scheduling_strategy": strategy}
 
     def close(self) -> None:
         """Give it back."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from sluice.config.run import RunConfig
+from sluice.errors import ConfigError
 from sluice.orchestrate.ray.cluster import Part, Room, cluster
 from sluice.orchestrate.ray.engines import RayHosts
 from sluice.orchestrate.ray.ranks import RayCrew
@@ -36,6 +37,22 @@ def engine_parts(config: RunConfig, device: str) -> list[Part]:
     ]
 
 
+def by_turns(ranks: Sequence[Part], engines: Sequence[Part]) -> tuple[list[Part], list[Part]]:
+    """Parts of which the second kind sits in the room of the first.
+
+    Raises:
+        ConfigError: on accelerators: which one a guest finds there is not Ray's to say.
+    """
+    if any(part.accelerators for part in (*ranks, *engines)):
+        raise ConfigError(
+            "placement.colocate on accelerators is not there yet with placement.runtime = 'ray'",
+            hint="placement.runtime = 'inline' on one host, or placement.colocate = false",
+        )
+    room = max(part.cpus for part in (*ranks, *engines))
+    hosts = [Part(room) for _ in ranks]
+    return hosts, [Part(part.cpus, guest_of=number % len(hosts)) for number, part in enumerate(engines)]
+
+
 @dataclass(frozen=True, slots=True)
 class RayTrainers(Trainers):
     """Trainers whose ranks are actors, one rank too: the run's own process may have no accelerator."""
@@ -60,8 +77,11 @@ def ray_placement(
 ) -> Iterator[tuple[RayTrainers, RayHosts]]:
     """Connect, reserve room for everything, give it back. See `orchestrate.placement.place`."""
     ranks, engines = rank_parts(config, device), engine_parts(config, device)
+    if config.placement.colocate:
+        ranks, engines = by_turns(ranks, engines)
     parts = [*ranks, *engines]
-    with cluster(config.placement, cpus=max(1, round(sum(part.cpus for part in parts)))):
+    cpus = sum(part.cpus for part in parts if part.guest_of is None)
+    with cluster(config.placement, cpus=max(1, round(cpus))):
         room = Room(parts, seconds=config.placement.ready_seconds)
         try:
             trainers = RayTrainers(device, folder, config.threads, room)
