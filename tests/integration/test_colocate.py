@@ -73,7 +73,7 @@ def within(rows: Sequence[Mapping[str, Any]], lag: int) -> bool:
     return all(row["gate/lag_max"] <= lag or row["gate/masked_tokens"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("servers", [0, 2])
+@pytest.mark.parametrize("servers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_at_lag_0_it_is_the_run_with_devices_of_their_own(tmp_path: Path, servers: int) -> None:
     """With the engine in this process, and with two servers behind the router."""
     engine = {"rollout": {"embedded": {"servers": servers}}}
@@ -98,6 +98,7 @@ def test_ranks_and_servers_on_the_same_devices(tmp_path: Path) -> None:
     equal(*runs)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_placement(tmp_path: Path) -> None:
     """Colocated at lag 0, then apart at lag 2, then colocated at lag 2 and at last at lag 0: nothing is lost."""
     apart = {"rollout": {"embedded": {"servers": 2}}, "data": {"gate": {"max_lag": 2}}}
@@ -163,6 +164,7 @@ def test_memory_is_given_up_and_turns_go_on(tmp_path: Path, weights: Weights) ->
     run(body)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_while_its_memory_is_away(tmp_path: Path, weights: Weights) -> None:
     """It is not started until the devices are the engines' again, and then serves the new version."""
 
