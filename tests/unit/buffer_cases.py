@@ -33,13 +33,13 @@ def scored(request: GroupRequest, sample: int, version: int = 0, reward: float |
     """A finished episode; by default half of the groups have equal rewards."""
     if reward is None:
         reward = float((sample + request.ordinal) % 2) if request.ordinal % 2 else 1.0
-    turn = Turn(
-        Author.SAMPLED,
-        np.array([5, 6], np.int32),
-        logprobs=np.zeros(2, np.float32),
-        spans=(VersionSpan(0, 2, Version(version)),),
-        sampling=SAMPLING,
-    )
+    return finished(request, sample, (VersionSpan(0, 2, Version(version)),), reward)
+
+
+def finished(request: GroupRequest, sample: int, spans: tuple[VersionSpan, ...], reward: float) -> Scored:
+    """A finished episode of one turn, whose tokens these versions drew."""
+    n = spans[-1].end
+    turn = Turn(Author.SAMPLED, np.arange(5, 5 + n, dtype=np.int32), np.zeros(n, np.float32), spans, SAMPLING)
     segment = Segment((observed([1]), turn))
     episode = Episode(request.episode_id(sample), request.id, request.prompt, (segment,), Outcome.COMPLETED)
     return Scored(episode, Reward({"r": reward}, {"r": 1.0}), expand(episode))

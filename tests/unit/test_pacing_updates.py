@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.unit.buffer_cases import SAMPLING, finished, prompts
 
 from sluice.config.data import GateConfig, OnStale, Order
 from sluice.data.buffer import Buffer
@@ -23,27 +24,15 @@ from sluice.data.filters import equal_rewards
 from sluice.data.gate import Gate
 from sluice.data.strategy import GroupStrategy
 from sluice.types import (
-    Author,
-    Episode,
     Group,
     GroupRequest,
-    Message,
-    Outcome,
-    Prompt,
-    Reward,
-    SamplingParams,
     Scored,
-    Segment,
-    Turn,
     Version,
     VersionSpan,
-    expand,
-    observed,
 )
 from sluice.weights.lineage import Lineage
 
-SAMPLING = SamplingParams()
-PROMPTS = [Prompt(f"p{i}", "t", (Message("user", str(i)),)) for i in range(5)]
+PROMPTS = prompts(5)
 GOAL = 3
 """Batches that must still be trained, whatever came before."""
 
@@ -61,12 +50,7 @@ class Answer:
         edges = [i for i in range(n) if i == 0 or self.versions[i] != self.versions[i - 1]]
         ends = [*edges[1:], n]
         spans = tuple(VersionSpan(a, b, self.versions[a]) for a, b in zip(edges, ends, strict=True))
-        turn = Turn(Author.SAMPLED, np.full(n, 5, np.int32), np.zeros(n, np.float32), spans, SAMPLING)
-        segments = (Segment((observed([1]), turn)),)
-        request = self.request
-        id = request.episode_id(self.sample)
-        episode = Episode(id, request.id, request.prompt, segments, Outcome.COMPLETED)
-        return Scored(episode, Reward({"r": reward}, {"r": 1.0}), expand(episode))
+        return finished(self.request, self.sample, spans, reward)
 
 
 class World:

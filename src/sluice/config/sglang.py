@@ -41,6 +41,11 @@ class EngineGroup(Part):
     """Any other server argument, without dashes: `{"mem-fraction-static": 0.8}`. An unknown one is the
     server's own error, shown as such."""
 
+    @property
+    def accelerators(self) -> int:
+        """That one server takes."""
+        return self.tp * self.pp * self.dp
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.devices and len(self.devices) != self.engines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sluice.config.rollout import RolloutConfig
 from sluice.config.run import RunConfig
 from sluice.errors import ConfigError
 
@@ -34,23 +35,23 @@ def sized(config: RunConfig, *, train: int | None, rollout: int | None) -> RunCo
             )
         rollout = rollout if rollout is not None else ranks
     if rollout is not None:
-        _size_engines(changes["rollout"], rollout)
+        _size_engines(config.rollout, changes["rollout"], rollout)
     return RunConfig.model_validate(changes)
 
 
-def _size_engines(rollout: dict[str, Any], count: int) -> None:
-    if rollout["engine"] == "embedded":
-        rollout["embedded"]["servers"] = count
+def _size_engines(rollout: RolloutConfig, changes: dict[str, Any], count: int) -> None:
+    if rollout.engine == "embedded":
+        changes["embedded"]["servers"] = count
         return
-    groups = rollout["sglang"]["groups"]
-    if rollout["engine"] != "sglang" or rollout["sglang"]["urls"] or len(groups) > 1 or groups[0]["devices"]:
+    groups = rollout.sglang.groups
+    if rollout.engine != "sglang" or rollout.sglang.urls or len(groups) != 1 or groups[0].devices:
         raise ConfigError(
             "--rollout-gpus counts engines of one kind that the run starts and places, and this recipe has others",
             hint="set rollout.sglang.groups in the recipe",
         )
-    size = groups[0]["tp"] * groups[0]["pp"] * groups[0]["dp"]
+    size = groups[0].accelerators
     if count % size:
         raise ConfigError(
             f"--rollout-gpus {count}: one engine takes {size} (tp x pp x dp)", hint=f"a multiple of {size}"
         )
-    groups[0]["engines"] = count // size
+    changes["sglang"]["groups"][0]["engines"] = count // size

@@ -25,7 +25,7 @@ def assign(config: RunConfig, device: str) -> RolloutConfig:
         ConfigError: there are too few accelerators.
     """
     rollout, visible = config.rollout, devices.visible(device)
-    wanted = sum(_size(group) * group.engines for group in rollout.sglang.groups)
+    wanted = sum(group.accelerators * group.engines for group in rollout.sglang.groups)
     named = any(group.devices or group.nodes > 1 for group in rollout.sglang.groups)
     if rollout.engine != "sglang" or rollout.sglang.urls or named or len(visible) <= 1:
         return rollout
@@ -45,8 +45,4 @@ def assign(config: RunConfig, device: str) -> RolloutConfig:
 
 def _take(group: EngineGroup, left: Iterator[str]) -> Iterator[str]:
     for _ in range(group.engines):
-        yield ",".join(next(left) for _ in range(_size(group)))
-
-
-def _size(group: EngineGroup) -> int:
-    return group.tp * group.pp * group.dp
+        yield ",".join(next(left) for _ in range(group.accelerators))

@@ -71,8 +71,7 @@ class InlineRun(Run):
         )  # fmt: skip
         check_prompts(rollout.runner, data, config.rollout.sampling.max_new_tokens)
         pool = Shared(engine, sink, self._timer, self._device) if config.placement.colocate else Apart(sink)
-        if isinstance(pool, Shared):
-            await pool.vacate()
+        await pool.vacate()
         gate = Gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
 
         def produce(recovered: dict[str, Recovered]) -> Producer:

@@ -27,7 +27,15 @@ GIB = 2**30
 
 
 class Pool(Protocol):
-    """What the loop asks for before it trains, and what it hands new weights to."""
+    """What a run asks for before it makes its trainer and before it trains, and what it hands new weights to."""
+
+    async def vacate(self) -> None:
+        """Returns when the trainer may be made."""
+        ...
+
+    async def occupied(self, trainer: Trainer, critic: Critic | None, beside: Beside) -> None:
+        """The trainer was made, and is on its devices."""
+        ...
 
     async def train(self) -> None:
         """Returns when trainer and critic may compute."""
@@ -55,6 +63,12 @@ class Apart:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
+
+    async def vacate(self) -> None:
+        return
+
+    async def occupied(self, trainer: Trainer, critic: Critic | None, beside: Beside) -> None:
+        return
 
     async def train(self) -> None:
         return
@@ -118,7 +132,7 @@ class Shared:
         await self._enter(Stage.RELEASED, self._engine.release_memory)
 
     async def occupied(self, trainer: Trainer, critic: Critic | None, beside: Beside) -> None:
-        """The trainer was made, and is on the devices."""
+        """See `Pool.occupied`."""
         self._trainer, self._critic, self._beside = trainer, critic, beside
         await self._enter(Stage.TRAINING, self._onload)  # nothing to move: it says that both are there
 

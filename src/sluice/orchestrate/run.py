@@ -36,7 +36,7 @@ from sluice.orchestrate.learner import Learner
 from sluice.orchestrate.ledger import ledger
 from sluice.orchestrate.loop import Loop, Parts, Progress
 from sluice.orchestrate.placement import Placement
-from sluice.orchestrate.pool import Apart, Shared
+from sluice.orchestrate.pool import Pool
 from sluice.orchestrate.producer import Producer, Recovered
 from sluice.orchestrate.recovery import alive_episodes, alive_requests, first_alive, logged_episodes, logged_versions
 from sluice.orchestrate.setup import Data, initial_model, load_data, make_critic, total_updates
@@ -67,7 +67,7 @@ class Supply:
     strategy: Strategy
     sampling: SamplingParams
     filters: Sequence[GroupFilter]
-    pool: Apart | Shared
+    pool: Pool
     produce: Callable[[dict[str, Recovered]], Producer]
     evaluator: Evaluator | None
     elsewhere: bool
@@ -136,8 +136,7 @@ class Run(ABC):
             apart = supply.elsewhere or not isinstance(trainer, TorchTrainer)
             beside = Beside(apart=apart, threads=config.threads)
             stack.callback(beside.close)
-            if isinstance(supply.pool, Shared):
-                await supply.pool.occupied(trainer, critic, beside)
+            await supply.pool.occupied(trainer, critic, beside)
             parts = Parts(
                 pool=supply.pool, producer=producer, evaluator=supply.evaluator, trainer=trainer, critic=critic,
                 algorithm=algorithm,

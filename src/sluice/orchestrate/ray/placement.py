@@ -31,7 +31,7 @@ def engine_parts(config: RunConfig, device: str) -> list[Part]:
     if rollout.engine != "sglang" or rollout.sglang.urls:
         return []
     return [
-        Part(1, group.tp * group.pp * group.dp if accelerated else 0)
+        Part(1, group.accelerators if accelerated else 0)
         for group in rollout.sglang.groups
         for _ in range(group.engines)
     ]
