@@ -29,6 +29,7 @@ from tests.tiny import merge, tiny
 
 from sluice.config.load import load_recipe
 from sluice.config.run import RunConfig
+from sluice.config.sizes import sized
 from sluice.obs.metrics import read_metrics
 from sluice.obs.view import NullView
 from sluice.orchestrate import api
@@ -354,7 +355,9 @@ def recipe(arguments: argparse.Namespace, changes: dict[str, Any] | None = None)
             "steps": 2,
         }
         return tiny(arguments.runs / "questions", **merge(smoke, changes))
-    config = load_recipe(arguments.recipe, arguments.set)
+    config = sized(
+        load_recipe(arguments.recipe, arguments.set), train=arguments.train_gpus, rollout=arguments.rollout_gpus
+    )
     return RunConfig.model_validate(merge(config.model_dump(mode="json", exclude_unset=True), changes))
 
 
@@ -370,6 +373,8 @@ def main() -> None:
     arguments_of.add_argument("--runs", type=Path, default=Path("runs/benchmarks"), help="run folders, and logs")
     arguments_of.add_argument("--show", action="store_true", help="show the run's progress")
     arguments_of.add_argument("--cpu-smoke", action="store_true")
+    arguments_of.add_argument("--train-gpus", type=int, help="as of `sluice train`")
+    arguments_of.add_argument("--rollout-gpus", type=int, help="as of `sluice train`")
     arguments_of.add_argument("--prompts", type=int, default=64)
     arguments_of.add_argument("--samples", type=int, default=8)
     arguments_of.add_argument("--rounds", type=int, default=3)
