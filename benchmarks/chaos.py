@@ -8,13 +8,16 @@ At random places of its log one of its parts meets a fault, until there were as 
 * parts: an engine server, a trainer rank, the router, and the controller, which holds the loop, the gateway and the
   agents' runner. A controller that was killed is started again with `--resume`; everything else is up to the run.
 * faults: `kill` is SIGKILL; `freeze` is SIGSTOP, and SIGCONT some seconds later; `slow` is many short freezes in a row,
-  so that the part gets a tenth of its time.
+  so that the part gets a tenth of its time; `cut` ends one of its connections or all of them, closed or reset, while
+  both ends live (`benchmarks.cut`): those between controller, router and servers, the mesh of the ranks, or a rank's
+  connection to the controller.
 
 The plan follows from the seed; what the parts do at that moment does not. The run must then complete, and its log must
 show, or the command fails: every finished episode has one fate in the surviving lineage, none was trained twice, every
 step had a whole batch, and no token was trained with more lag than allowed. Recovery is the time from a fault to the
 next episode that finished, and to the next update, by the times in the log. A run that completes before it has met
-all faults is resumed with more steps. Cut connections, and agents that run elsewhere, are not part of this.
+all faults is resumed with more steps. Agents that run elsewhere are not
+part of this.
 """
 
 from __future__ import annotations
@@ -24,37 +27,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import psutil
+from benchmarks.chaos_log import figures, prove, recovery
+from benchmarks.cut import connections, end_connection
 from benchmarks.rig import command_line, machine, parser, report, say
 from tests.tiny import tiny
 
-from sluice.config import RunConfig
-from sluice.log import (
-    ACCOUNTED,
-    Disposition,
-    DispositionRecord,
-    Entry,
-    EpisodeRecord,
-    Kind,
-    LogReader,
-    VersionRecord,
-    account,
-)
-from sluice.types import VersionSpan
-from sluice.weights.lineage import Born, Lineage
+from sluice.config.run import RunConfig
+from sluice.log import LogReader
 
 WORDS = {"engine": "embedded.server", "rank": "ranks.program", "router": "smg::router"}
 """What the command lines of the controller's children hold once they serve: the router renames itself then."""
 PARTS = (*WORDS, "controller")
-KINDS = ("kill", "freeze", "slow")
+KINDS = ("kill", "freeze", "slow", "cut")
 LAG = 2
 GROUPS, SAMPLES = 4, 4
 GAP = (10, 60)
@@ -70,22 +62,29 @@ POLL = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to which part, `gap` records after the last recovery; `choice` in [0, 1) picks among several."""
+    """What happens to which part, `gap` records after the last recovery; `seed` picks what there is several of."""
 
     part: str
     kind: str
     gap: int
     seconds: float
-    choice: float
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
 class Met:
-    """A fault that was met: when, and the last record of the log before it."""
+    """A fault that was met.
+
+    Attributes:
+        at: Unix time.
+        cursor: last record of the log before it.
+        connections: that were cut.
+    """
 
     fault: Fault
     at: float
     cursor: int
+    connections: int = 0
 
 
 def plan(faults: int, seed: int) -> list[Fault]:
@@ -98,7 +97,7 @@ def _endless(chance: random.Random) -> Iterator[Fault]:
         deck = list(product(PARTS, KINDS))
         chance.shuffle(deck)
         for part, kind in deck:
-            yield Fault(part, kind, chance.randint(*GAP), chance.uniform(*FREEZE), chance.random())
+            yield Fault(part, kind, chance.randint(*GAP), chance.uniform(*FREEZE), chance.getrandbits(32))
 
 
 def recipe(folder: Path, faults: int) -> RunConfig:
@@ -187,11 +186,12 @@ class Storm:
     def blow(self, faults: Sequence[Fault]) -> None:
         """Bring them, one after the recovery from the other, and let the run complete."""
         for number, fault in enumerate(faults, start=1):
-            met = self._bring(fault, self._victim(fault))
+            met = self._bring(fault)
             self.met.append(met)
-            self._wait(lambda met=met: None not in recovery(self._log, met), f"to recover from {fault}")
-            told = " and ".join(f"{seconds or 0:.1f}" for seconds in recovery(self._log, met))
-            say(f"{number}/{len(faults)}: {fault.kind} {fault.part}; an episode and an update after {told} s")
+            self._wait(lambda met=met: None not in recovery(self._log, met.at, met.cursor), f"to recover from {fault}")
+            told = " and ".join(f"{seconds or 0:.1f}" for seconds in recovery(self._log, met.at, met.cursor))
+            many = f" ({met.connections} connections)" if met.connections else ""
+            say(f"{number}/{len(faults)}: {fault.kind} {fault.part}{many}; an episode and an update after {told} s")
         self._wait(lambda: self._controller.over, "to complete", more=0)
 
     def _latest(self) -> int:
@@ -207,31 +207,54 @@ class Storm:
                 raise SystemExit(f"the run took too long {what}:\n{self._controller.output()[-6000:]}")
             time.sleep(POLL)
 
-    def _victim(self, fault: Fault) -> psutil.Process:
+    def _victim(self, fault: Fault, chance: random.Random) -> psutil.Process:
         """One process of the part, `gap` records from now, of a run that did not have to be extended meanwhile."""
         while True:
             begin, starts = self._latest(), self._controller.starts
             self._wait(lambda at=begin + fault.gap: self._latest() >= at, f"to log {fault.gap} records")
             alive = self._controller.find(fault.part)
             if alive and starts == self._controller.starts:
-                return alive[int(fault.choice * len(alive))]
+                return chance.choice(alive)
 
-    def _bring(self, fault: Fault, victim: psutil.Process) -> Met:
-        """Do it."""
-        met = Met(fault, time.time(), self._latest())
-        with suppress(psutil.NoSuchProcess):
-            if fault.kind == "kill":
-                victim.kill()
-            elif fault.kind == "freeze":
-                freeze(victim, fault.seconds)
-            else:
-                for _ in range(round(fault.seconds / SLICE)):
-                    freeze(victim, SLICE * 0.9)
-                    time.sleep(SLICE * 0.1)
-        if (fault.part, fault.kind) == ("controller", "kill"):
-            self._controller.killed()
-            self._controller.resume()
-        return met
+    def _bring(self, fault: Fault) -> Met:
+        """Do it, and again when what was to be cut was not there."""
+        chance = random.Random(fault.seed)
+        while True:
+            victim = self._victim(fault, chance)
+            met = Met(fault, time.time(), self._latest())
+            with suppress(psutil.NoSuchProcess):
+                if fault.kind == "cut":
+                    met = replace(met, connections=cut(fault.part, victim, chance))
+                else:
+                    self._disturb(fault, victim)
+            if met.connections or fault.kind != "cut":
+                return met
+
+    def _disturb(self, fault: Fault, victim: psutil.Process) -> None:
+        if fault.kind == "freeze":
+            freeze(victim, fault.seconds)
+        elif fault.kind == "slow":
+            for _ in range(round(fault.seconds / SLICE)):
+                freeze(victim, SLICE * 0.9)
+                time.sleep(SLICE * 0.1)
+        else:
+            victim.kill()
+            if fault.part == "controller":
+                self._controller.killed()
+                self._controller.resume()
+
+
+def cut(part: str, victim: psutil.Process, chance: random.Random) -> int:
+    """End one of a process's connections or all of them, closed or reset. Returns how many there were.
+
+    Those of a rank are its control connection, a socket pair whose number is its last argument, and the mesh.
+    """
+    if part == "rank" and chance.random() < 0.5:
+        return end_connection(victim.pid, int(victim.cmdline()[-1]))
+    found = connections(victim.pid)
+    chosen = found if chance.random() < 0.5 else found and [chance.choice(found)]
+    reset = chance.random() < 0.5
+    return sum(end_connection(victim.pid, each, reset=reset) for each in chosen)
 
 
 def freeze(process: psutil.Process, seconds: float) -> None:
@@ -240,86 +263,6 @@ def freeze(process: psutil.Process, seconds: float) -> None:
         time.sleep(seconds)
     finally:
         process.resume()
-
-
-def recovery(log: LogReader, met: Met) -> tuple[float | None, float | None]:
-    """Seconds from a fault to the next finished episode and to the next update; None for what did not happen yet."""
-    episode: float | None = None
-    update: float | None = None
-    for entry in log.read(after=met.cursor, kinds=(Kind.EPISODE, Kind.DISPOSITION)):
-        record, seconds = entry.record, entry.at - met.at
-        if seconds < 0:
-            continue
-        if isinstance(record, EpisodeRecord) and episode is None:
-            episode = seconds
-        if isinstance(record, DispositionRecord) and record.disposition is Disposition.TRAINED and update is None:
-            update = seconds
-        if episode is not None and update is not None:
-            break
-    return episode, update
-
-
-def lags(entries: Iterable[Entry], bound: int) -> Counter[int]:
-    """How many sampled spans were trained with which lag, by the versions and the order of the log.
-
-    Spans beyond the bound are left out where the record says that as many tokens were masked. Updates that a resume
-    took back count as well. A step's dispositions stand before the version that it made.
-    """
-    found: Counter[int] = Counter()
-    born: list[Born] = []
-    lineage = Lineage()
-    spans: dict[str, list[VersionSpan]] = {}
-    for entry in entries:
-        match entry.record:
-            case VersionRecord(version, parent, checksum):
-                born.append(Born(version, parent, checksum))
-                lineage = Lineage(born)
-                lineage.current = version
-            case EpisodeRecord(episode):
-                spans[episode.id] = [span for turn in episode.sampled_turns() for span in turn.spans]
-            case DispositionRecord(episode_id=id, disposition=Disposition.TRAINED, masked_tokens=masked):
-                rows = [(lineage.lag(span.version), span.end - span.start) for span in spans[id]]
-                spared = sum(tokens for lag, tokens in rows if lag > bound) == masked
-                found.update(lag for lag, _ in rows if lag <= bound or not spared)
-            case _:
-                pass
-    return found
-
-
-def prove(config: RunConfig) -> dict[str, Any]:
-    """What the log of a run that is over shows. SystemExit when it is not what it must be."""
-    log = LogReader(config.folder / "log")
-    fate = account(log.read(kinds=ACCOUNTED))
-    trained = lags(log.read(kinds=(Kind.VERSION, Kind.EPISODE, Kind.DISPOSITION)), LAG)
-    records = [record for each in fate.surviving.values() for record in each]
-    batches = Counter(record.step for record in records)  # trained, or with a reason why not
-    partial = [step for step in range(1, config.steps + 1) if batches[step] != GROUPS * SAMPLES]
-    shown = {
-        "records": log.latest,
-        "steps": config.steps,
-        "finished_episodes": len(fate.surviving) + len(fate.undecided),
-        "lost": len(fate.undecided),
-        "decided_twice": len(fate.decided_twice),
-        "consumed_before_logged": len(fate.unlogged),
-        "steps_without_their_batch": len(partial),
-        "fates": dict(Counter(f"{each.disposition}: {each.reason}".rstrip(": ") for each in records)),
-        "lag_bound": LAG,
-        "trained_spans_by_lag": {str(lag): trained[lag] for lag in sorted(trained)},
-        "updates_taken_back": len({record.step for record in fate.abandoned if record.step is not None}),
-        "sampled_again": len(fate.logged_twice),
-        "resumes": sum(1 for _ in log.read(kinds=(Kind.RESUME,))),
-    }
-    broken = fate.undecided or fate.decided_twice or fate.unlogged or partial
-    if broken or max(trained) > LAG or not (config.folder / "summary.json").exists():
-        raise SystemExit(f"the log does not hold what it must: {shown}, {partial=}")
-    return shown
-
-
-def figures(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, 99th percentile and largest, in seconds."""
-    ordered = sorted(seconds)
-    at = lambda share: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2)  # noqa: E731
-    return {"p50": at(0.5), "p99": at(0.99), "max": at(1.0)}
 
 
 def run(folder: Path, *, faults: int, seed: int) -> dict[str, Any]:
@@ -331,11 +274,11 @@ def run(folder: Path, *, faults: int, seed: int) -> dict[str, Any]:
         storm.blow(plan(faults, seed))
     finally:
         controller.end()
-    proof = prove(controller.config)
+    proof = prove(controller.config, steps_of=GROUPS * SAMPLES, bound=LAG)
     log = LogReader(controller.config.folder / "log")
     rows: list[tuple[str, float, float]] = []
     for met in storm.met:
-        episode, update = recovery(log, met)
+        episode, update = recovery(log, met.at, met.cursor)
         assert episode is not None
         assert update is not None
         rows.append((f"{met.fault.part} {met.fault.kind}", episode, update))

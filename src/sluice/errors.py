@@ -10,7 +10,7 @@ SluiceError
 │   └── Unroutable         the engine may serve nothing until reloaded
 ├── WeightsError           weights could not be published or applied      exit 6
 ├── TrainError             the trainer cannot go on                       exit 7
-│   └── RanksLost          a trainer rank died; another try may succeed
+│   └── RanksLost          a trainer rank died or lost touch; another try may succeed
 ├── CheckpointError        a checkpoint is missing, torn or of another run exit 8
 ├── LogError               the durable log cannot be written or read      exit 9
 └── SandboxError           untrusted code could not be confined or run    exit 10
@@ -87,7 +87,7 @@ class TrainError(SluiceError):
 
 
 class RanksLost(TrainError):  # noqa: N818 - the state is the name
-    """A trainer rank died, or its node did. The run may go on from its last checkpoint."""
+    """A trainer rank died, its node did, or ranks lost touch. The run may go on from its last checkpoint."""
 
 
 class CheckpointError(SluiceError):

@@ -16,10 +16,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from benchmarks.cut import connections, end_connection
 from tests.unit.train_cases import make_samples, ratio_loss, scratch
 
 from sluice.config.train import TrainConfig
-from sluice.errors import CheckpointError, ConfigError, TrainError
+from sluice.errors import CheckpointError, ConfigError, RanksLost, TrainError
 from sluice.plugins import load_object
 from sluice.train.backends.torch import TorchTrainer
 from sluice.train.packing import make_batch
@@ -202,6 +203,35 @@ def test_what_goes_wrong_at_a_rank_is_what_is_told(tmp_path: Path) -> None:
         assert time.monotonic() - began < 60
     with pytest.raises(ConfigError, match=r"rank [01]"), ranks(2, tmp_path / "none", tmp_path, settings):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reset", [False, True])
+def test_ranks_whose_mesh_is_cut_are_lost_and_may_be_started_again(tmp_path: Path, reset: bool) -> None:
+    with ranks(2, scratch(tmp_path / "model"), tmp_path, config()) as several:
+        several.step(batch(), ratio_loss)
+        pid = several._crew.pids[1]  # type: ignore[attr-defined]
+        assert [end_connection(pid, each, reset=reset) for each in connections(pid)] == [True]
+        with pytest.raises(RanksLost, match=r"rank [01] of the trainer: lost touch with another one"):
+            several.step(batch(), ratio_loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_rank_whose_connection_to_the_controller_is_cut_is_lost(tmp_path: Path, frozen: bool) -> None:
+    """A rank notices and ends; one that cannot is ended."""
+    how = "lost its connection to the controller" if frozen else "ended with exit code 1"
+    with ranks(2, scratch(tmp_path / "model"), tmp_path, config()) as several:
+        rank = psutil.Process(several._crew.pids[1])  # type: ignore[attr-defined]
+        number, deadline = int(rank.cmdline()[-1]), time.monotonic() + 30
+        if frozen:
+            rank.suspend()
+            while rank.status() != psutil.STATUS_STOPPED:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert end_connection(rank.pid, number)
+        with pytest.raises(RanksLost, match=f"rank 1 of the trainer: {how}"):
+            several.step(batch(), ratio_loss)
 
 
 OWN = """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.chaos import lags, plan
+from benchmarks.chaos import plan
+from benchmarks.chaos_log import lags
 from tests.unit.test_report_parts import episode
 
 from sluice.log import Disposition, DispositionRecord, Entry, EpisodeRecord, Record, ResumeRecord, VersionRecord
@@ -27,8 +28,8 @@ def trained(id: str, step: int, masked: int = 0) -> DispositionRecord:
 
 def test_a_plan_follows_from_its_seed_and_leaves_nothing_out() -> None:
     assert plan(30, 7) == plan(30, 7) != plan(30, 8)
-    pairs = [(fault.part, fault.kind) for fault in plan(24, 7)]
-    assert len(set(pairs[:12])) == len(set(pairs[12:])) == 12
+    pairs = [(fault.part, fault.kind) for fault in plan(32, 7)]
+    assert len(set(pairs[:16])) == len(set(pairs[16:])) == 16
 
 
 def test_lag_is_counted_from_the_version_in_use_when_a_step_begins() -> None:

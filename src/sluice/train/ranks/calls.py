@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sluice.errors import SluiceError
+from sluice.errors import RanksLost, SluiceError
+
+BROKEN = re.compile(r"gloo/transport/(?!.*time(d )?out)", re.IGNORECASE | re.DOTALL)
+"""What gloo says of a connection between two ranks that ended, but not of one that fell silent until the deadline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,10 @@ def outcome(work: Callable[[], Any]) -> Any:
     except Exception as error:  # noqa: BLE001  (told to the controller, which raises it)
         hint = error.hint if isinstance(error, SluiceError) else ""
         text = str(error.args[0]) if isinstance(error, SluiceError) else f"{type(error).__name__}: {error}"
-        return Failure(time.time(), text, hint, type(error), traceback.format_exc())
+        kind = type(error)
+        if isinstance(error, RuntimeError) and BROKEN.search(text):
+            kind, text = RanksLost, f"lost touch with another one: {text}"
+        return Failure(time.time(), text, hint, kind, traceback.format_exc())
 
 
 class Dispatcher:

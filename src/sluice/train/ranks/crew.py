@@ -101,7 +101,8 @@ class _Child:
         try:
             answer = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
-            self.process.wait(timeout=GRACE_SECONDS)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=GRACE_SECONDS)
             return Failure(time.time(), self._died(), "", ProcessLookupError, "")
         if isinstance(answer, Failure) and not answer.hint:
             hint = f"its output is in {self.log}; all ranks were ended: mend that and go on with --resume"
@@ -112,8 +113,9 @@ class _Child:
         """How it ended, when it did."""
         code = self.process.poll()
         if code is None:
-            return ""
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how = "lost its connection to the controller"
+        else:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return f"{how}; its output is in {self.log}"
 
 
