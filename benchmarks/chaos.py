@@ -1,33 +1,37 @@
-"""A run whose parts are killed, frozen and slowed at random moments: is anything lost, and how long until it goes on?
+"""A run whose parts are killed, frozen, slowed and cut off at random moments: is anything lost, and when does it go on?
 
-    python -m benchmarks.chaos [--faults 20] [--seed 0] [--out FILE]
+    python -m benchmarks.chaos [--faults 20] [--seed 0] [--out FILE] [--runs FOLDER]
 
-A small recipe with two engine servers behind the real router, two trainer ranks and lag 2 runs as a process of its own.
-At random places of its log one of its parts meets a fault, until there were as many as asked for:
+A small recipe with two engine servers behind the real router, two trainer ranks, lag 2, and a gateway that agents
+elsewhere come to runs as a process of its own; so do the agents (`benchmarks.chaos_agent`). At random places of its log
+one of its parts meets a fault, until there were as many as asked for; after 21, which is every pair of part and fault
+once, another such run begins.
 
-* parts: an engine server, a trainer rank, the router, and the controller, which holds the loop, the gateway and the
-  agents' runner. A controller that was killed is started again with `--resume`; everything else is up to the run.
+* parts: an engine server, a trainer rank, the router, the controller, which holds the loop and the gateway, an agent,
+  and the gateway. A controller that was killed is started again with `--resume`, and an agent that was killed by its
+  owner, which is this program; everything else is up to the run.
 * faults: `kill` is SIGKILL; `freeze` is SIGSTOP, and SIGCONT some seconds later; `slow` is many short freezes in a row,
   so that the part gets a tenth of its time; `cut` ends one of its connections or all of them, closed or reset, while
-  both ends live (`benchmarks.cut`): those between controller, router and servers, the mesh of the ranks, or a rank's
-  connection to the controller.
+  both ends live (`benchmarks.cut`): those between controller, router and servers, the mesh of the ranks, a rank's
+  connection to the controller, an agent's to the gateway.
+* The gateway lives in the controller, so all but `cut` are the controller's: there every connection that clients have
+  to it is ended at once. The gateway that stands alone, `sluice serve`, is the same class without a run behind it that
+  could go on, so it is no part here.
 
-The plan follows from the seed; what the parts do at that moment does not. The run must then complete, and its log must
+The plan follows from the seed; what the parts do at that moment does not. Every run must complete, and its log must
 show, or the command fails: every finished episode has one fate in the surviving lineage, none was trained twice, every
-step had a whole batch, and no token was trained with more lag than allowed. Recovery is the time from a fault to the
-next episode that finished, and to the next update, by the times in the log. A run that completes before it has met
-all faults is resumed with more steps. Agents that run elsewhere are not
-part of this.
+step had a whole batch, no token was trained with more lag than allowed, an episode whose agent died is an infra failure
+that was not trained, and what an agent was told to be finished is in the log with the reward that it gave. Recovery is
+the time from a fault to the next episode that finished, and to the next update, by the times in the log. A run that
+completes before it has met all its faults is resumed with more steps. After every run the results so far are written.
 """
 
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, product
@@ -35,29 +39,37 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from benchmarks.chaos_log import figures, prove, recovery
-from benchmarks.cut import connections, end_connection
+from benchmarks.chaos_log import Recovered, prove, recovery, summed
+from benchmarks.chaos_parts import Parts, free_port
 from benchmarks.rig import command_line, machine, parser, report, say
-from tests.tiny import tiny
+from tests.tiny import SCRATCH, tiny
 
 from sluice.config.run import RunConfig
 from sluice.log import LogReader
 
-WORDS = {"engine": "embedded.server", "rank": "ranks.program", "router": "smg::router"}
-"""What the command lines of the controller's children hold once they serve: the router renames itself then."""
-PARTS = (*WORDS, "controller")
 KINDS = ("kill", "freeze", "slow", "cut")
+PAIRS = (*product(("engine", "rank", "router", "controller", "agent"), KINDS), ("gateway", "cut"))
+"""Part and fault."""
+PER_RUN = 21
 LAG = 2
 GROUPS, SAMPLES = 4, 4
+IDLE = 8.0
+"""Seconds until a session is given up whose agent is gone."""
 GAP = (10, 60)
 """Records of the log between the recovery from one fault and the next fault, at least and at most."""
 FREEZE = (0.5, 3.0)
-"""Seconds of a fault that is not a kill."""
+"""Seconds of a fault that is neither a kill nor a cut."""
+AGENT_FREEZE = (0.5, 2 * IDLE)
+"""The same for an agent: its sessions may be over when it wakes up."""
 SLICE = 0.1
 """Seconds of one turn of `slow`: nine tenths of it frozen."""
 DEADLINE = 240.0
 """Seconds until a fault must be recovered from, and until the run must end afterwards."""
 POLL = 0.02
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +106,28 @@ def plan(faults: int, seed: int) -> list[Fault]:
 
 def _endless(chance: random.Random) -> Iterator[Fault]:
     while True:
-        deck = list(product(PARTS, KINDS))
+        deck = list(PAIRS)
         chance.shuffle(deck)
         for part, kind in deck:
-            yield Fault(part, kind, chance.randint(*GAP), chance.uniform(*FREEZE), chance.getrandbits(32))
+            seconds = chance.uniform(*(AGENT_FREEZE if part == "agent" else FREEZE))
+            yield Fault(part, kind, chance.randint(*GAP), seconds, chance.getrandbits(32))
 
 
 def recipe(folder: Path, faults: int) -> RunConfig:
     """Small, with all parts in processes of their own, and as many restarts as there are faults."""
+    given = [{"type": "given"}, {"type": "given", "name": "mark", "component": "mark", "weight": 0.0}]
     return tiny(
         folder,
-        rollout={"embedded": {"servers": 2}, "sglang": {"restarts": faults, "start_seconds": 120}},
+        model={"scratch": {"tokenizer": {**SCRATCH["tokenizer"], "chat_template": TEMPLATE}}},
+        rollout={
+            "embedded": {"servers": 2},
+            "sglang": {"restarts": faults, "start_seconds": 120},
+            "runner": {"type": "external", "lease_seconds": 120},
+            "gateway": {"port": free_port(), "idle_seconds": IDLE},
+        },
+        rewards=[*given, {"type": "random"}],  # a coin by episode id: every batch has a gradient
         train={"ranks": 2, "rank_seconds": 120},
-        limits={"restarts": faults},
+        limits={"restarts": faults, "max_infra_failures": 0.9, "stall_seconds": DEADLINE},
         data={"gate": {"max_lag": LAG}, "eval_prompts": 0, "strategy": {"type": "groups", "samples": SAMPLES}},
         groups_per_step=GROUPS,
         checkpoint={"every": 1},
@@ -115,72 +136,12 @@ def recipe(folder: Path, faults: int) -> RunConfig:
     )
 
 
-class Controller:
-    """The run's process, and the parts below it."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.starts = 0
-        self._output = config.runs_dir / "output.txt"
-        config.runs_dir.mkdir(parents=True, exist_ok=True)
-        self._process = self._start()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        recipe = self.config.runs_dir / "recipe.json"
-        recipe.write_text(self.config.model_dump_json())
-        words = ["-c", "from sluice.cli import main; main()", "train", str(recipe), *(["--resume"] * bool(self.starts))]
-        self.starts += 1
-        with self._output.open("ab") as output:
-            return subprocess.Popen([sys.executable, *words], stdout=output, stderr=output, start_new_session=True)
-
-    def resume(self, *, steps: int = 0) -> None:
-        """Go on, with more steps if it is over."""
-        self.config = self.config.model_copy(update={"steps": self.config.steps + steps})
-        self._process = self._start()
-
-    @property
-    def over(self) -> bool:
-        """Whether the run has completed. SystemExit when it ended otherwise."""
-        code = self._process.poll()
-        if code:
-            raise SystemExit(f"the run ended with {code}:\n{self._output.read_text(errors='replace')[-6000:]}")
-        return code == 0
-
-    def find(self, part: str) -> list[psutil.Process]:
-        """Processes of a part that are alive."""
-        with suppress(psutil.NoSuchProcess):
-            whole = psutil.Process(self._process.pid)
-            if part == "controller":
-                return [whole] if whole.status() != psutil.STATUS_ZOMBIE else []
-            children = sorted(whole.children(recursive=True), key=lambda each: each.pid)
-            return [each for each in children if WORDS[part] in _command(each)]
-        return []
-
-    def killed(self) -> None:
-        """Wait for the end of a process that was killed."""
-        self._process.wait(DEADLINE)
-
-    def output(self) -> str:
-        return self._output.read_text(errors="replace")
-
-    def end(self) -> None:
-        """Harmless when it is over."""
-        self._process.kill()
-        self._process.wait()
-
-
-def _command(process: psutil.Process) -> str:
-    with suppress(psutil.NoSuchProcess):
-        return " ".join(process.cmdline()) if process.status() != psutil.STATUS_ZOMBIE else ""
-    return ""
-
-
 class Storm:
     """Brings the faults of a plan over a run."""
 
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
-        self._log = LogReader(controller.config.folder / "log")
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._log = LogReader(parts.config.folder / "log")
         self.met: list[Met] = []
 
     def blow(self, faults: Sequence[Fault]) -> None:
@@ -192,28 +153,28 @@ class Storm:
             told = " and ".join(f"{seconds or 0:.1f}" for seconds in recovery(self._log, met.at, met.cursor))
             many = f" ({met.connections} connections)" if met.connections else ""
             say(f"{number}/{len(faults)}: {fault.kind} {fault.part}{many}; an episode and an update after {told} s")
-        self._wait(lambda: self._controller.over, "to complete", more=0)
+        self._wait(lambda: self._parts.over, "to complete", more=0)
 
     def _latest(self) -> int:
         return self._log.latest if any(self._log.folder.glob("*.sqlite")) else 0
 
-    def _wait(self, true: Any, what: str, more: int = 30) -> None:
+    def _wait(self, true: Callable[[], bool], what: str, more: int = 30) -> None:
         """Until something holds. A run that completes before that gets more steps."""
         deadline = time.monotonic() + DEADLINE
         while not true():
-            if more and self._controller.over:
-                self._controller.resume(steps=more)
+            if more and self._parts.over:
+                self._parts.resume(steps=more)
             if time.monotonic() > deadline:
-                raise SystemExit(f"the run took too long {what}:\n{self._controller.output()[-6000:]}")
+                raise SystemExit(f"the run took too long {what}:\n{self._parts.output()}")
             time.sleep(POLL)
 
     def _victim(self, fault: Fault, chance: random.Random) -> psutil.Process:
         """One process of the part, `gap` records from now, of a run that did not have to be extended meanwhile."""
         while True:
-            begin, starts = self._latest(), self._controller.starts
+            begin, starts = self._latest(), self._parts.starts
             self._wait(lambda at=begin + fault.gap: self._latest() >= at, f"to log {fault.gap} records")
-            alive = self._controller.find(fault.part)
-            if alive and starts == self._controller.starts:
+            alive = self._parts.find(fault.part)
+            if alive and starts == self._parts.starts:
                 return chance.choice(alive)
 
     def _bring(self, fault: Fault) -> Met:
@@ -224,7 +185,7 @@ class Storm:
             met = Met(fault, time.time(), self._latest())
             with suppress(psutil.NoSuchProcess):
                 if fault.kind == "cut":
-                    met = replace(met, connections=cut(fault.part, victim, chance))
+                    met = replace(met, connections=self._parts.cut(fault.part, victim, chance))
                 else:
                     self._disturb(fault, victim)
             if met.connections or fault.kind != "cut":
@@ -238,23 +199,7 @@ class Storm:
                 freeze(victim, SLICE * 0.9)
                 time.sleep(SLICE * 0.1)
         else:
-            victim.kill()
-            if fault.part == "controller":
-                self._controller.killed()
-                self._controller.resume()
-
-
-def cut(part: str, victim: psutil.Process, chance: random.Random) -> int:
-    """End one of a process's connections or all of them, closed or reset. Returns how many there were.
-
-    Those of a rank are its control connection, a socket pair whose number is its last argument, and the mesh.
-    """
-    if part == "rank" and chance.random() < 0.5:
-        return end_connection(victim.pid, int(victim.cmdline()[-1]))
-    found = connections(victim.pid)
-    chosen = found if chance.random() < 0.5 else found and [chance.choice(found)]
-    reset = chance.random() < 0.5
-    return sum(end_connection(victim.pid, each, reset=reset) for each in chosen)
+            self._parts.kill(fault.part, victim)
 
 
 def freeze(process: psutil.Process, seconds: float) -> None:
@@ -265,49 +210,49 @@ def freeze(process: psutil.Process, seconds: float) -> None:
         process.resume()
 
 
-def run(folder: Path, *, faults: int, seed: int) -> dict[str, Any]:
-    """The whole storm in a folder. Returns the proof and the times."""
-    begin = time.monotonic()
-    controller = Controller(recipe(folder, faults))
-    storm = Storm(controller)
+def run(folder: Path, faults: Sequence[Fault]) -> tuple[dict[str, Any], list[Recovered]]:
+    """One run in a folder. Returns what its log shows, and the times."""
+    parts = Parts(recipe(folder, len(faults)), seconds=DEADLINE)
+    storm = Storm(parts)
     try:
-        storm.blow(plan(faults, seed))
+        storm.blow(faults)
     finally:
-        controller.end()
-    proof = prove(controller.config, steps_of=GROUPS * SAMPLES, bound=LAG)
-    log = LogReader(controller.config.folder / "log")
-    rows: list[tuple[str, float, float]] = []
-    for met in storm.met:
-        episode, update = recovery(log, met.at, met.cursor)
-        assert episode is not None
-        assert update is not None
-        rows.append((f"{met.fault.part} {met.fault.kind}", episode, update))
-    return {
-        "faults": len(rows),
-        "seed": seed,
-        "seconds": round(time.monotonic() - begin, 1),
-        "proof": proof,
-        "recovery_seconds": {
-            what: {
-                "count": len(chosen),
-                "to_next_episode": figures([row[1] for row in chosen]),
-                "to_next_update": figures([row[2] for row in chosen]),
-            }
-            for what in ("all", *sorted({row[0] for row in rows}))
-            for chosen in [[row for row in rows if what in ("all", row[0])]]
-        },
-    }
+        parts.end()
+    proof = prove(parts.config, parts.journal, of_a_step=GROUPS * SAMPLES, bound=LAG)
+    log = LogReader(parts.config.folder / "log")
+    times = [(met.fault, recovery(log, met.at, met.cursor)) for met in storm.met]
+    return proof, [Recovered(f"{fault.part} {fault.kind}", *found) for fault, found in times]
+
+
+def storms(folder: Path, *, faults: int, seed: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run after run of `PER_RUN` faults. `keep` is given the results so far after each; returns the last of them."""
+    planned, begin = plan(faults, seed), time.monotonic()
+    runs: list[tuple[dict[str, Any], list[Recovered]]] = []
+    result: dict[str, Any] = {}
+    for first in range(0, faults, PER_RUN):
+        runs.append(run(folder / f"from-{first}", planned[first : first + PER_RUN]))
+        shown = summed(runs)
+        result = {
+            "planned": faults,
+            "seed": seed,
+            "seconds": round(time.monotonic() - begin, 1),
+            "lag_bound": LAG,
+            **shown,
+        }
+        keep(result)
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments_of = parser(__doc__)
     arguments_of.add_argument("--faults", type=int, default=20)
     arguments_of.add_argument("--seed", type=int, default=0)
-    arguments_of.add_argument("--out", type=Path, help="also write the JSON to this file")
+    arguments_of.add_argument("--out", type=Path, help="also write the JSON to this file, after every run")
+    arguments_of.add_argument("--runs", type=Path, help="folder that the runs are kept in")
     arguments = arguments_of.parse_args(argv)
+    keep = lambda result: report({"command": command_line("chaos"), **machine(), **result}, arguments.out)  # noqa: E731
     with tempfile.TemporaryDirectory() as name:
-        result = run(Path(name), faults=arguments.faults, seed=arguments.seed)
-    report({"command": command_line("chaos"), **machine(), **result}, arguments.out)
+        storms(arguments.runs or Path(name), faults=arguments.faults, seed=arguments.seed, keep=keep)
 
 
 if __name__ == "__main__":

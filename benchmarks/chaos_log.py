@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sluice.config import RunConfig
@@ -20,6 +24,18 @@ from sluice.log import (
 )
 from sluice.types import VersionSpan
 from sluice.weights.lineage import Born, Lineage
+
+NUMBER = re.compile(r"\d+")
+MUST_NOT_BE = (
+    "lost",
+    "decided_twice",
+    "consumed_before_logged",
+    "steps_without_their_batch",
+    "beyond_the_lag_bound",
+    "failed_and_trained",
+    "told_finished_and_not_logged",
+)
+"""What the log of a run must hold none of."""
 
 
 def recovery(log: LogReader, at: float, cursor: int) -> tuple[float | None, float | None]:
@@ -71,11 +87,21 @@ def lags(entries: Iterable[Entry], bound: int) -> Counter[int]:
     return found
 
 
-def prove(config: RunConfig, *, steps_of: int, bound: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """Seconds from a fault to the next finished episode and to the next update."""
+
+    what: str
+    to_episode: float | None
+    to_update: float | None
+
+
+def prove(config: RunConfig, journal: Path, *, of_a_step: int, bound: int) -> dict[str, Any]:
     """What the log of a run that is over shows. SystemExit when it is not what it must be.
 
     Args:
-        steps_of: episodes of a step's batch.
+        journal: what agents were told that it was finished, and the marks that they gave as a reward.
+        of_a_step: episodes of its batch.
         bound: largest lag of a trained token.
     """
     log = LogReader(config.folder / "log")
@@ -83,26 +109,72 @@ def prove(config: RunConfig, *, steps_of: int, bound: int) -> dict[str, Any]:
     trained = lags(log.read(kinds=(Kind.VERSION, Kind.EPISODE, Kind.DISPOSITION)), bound)
     records = [record for each in fate.surviving.values() for record in each]
     batches = Counter(record.step for record in records)  # trained, or with a reason why not
-    partial = [step for step in range(1, config.steps + 1) if batches[step] != steps_of]
-    shown = {
+    shown: dict[str, Any] = {
         "records": log.latest,
         "steps": config.steps,
         "finished_episodes": len(fate.surviving) + len(fate.undecided),
         "lost": len(fate.undecided),
         "decided_twice": len(fate.decided_twice),
         "consumed_before_logged": len(fate.unlogged),
-        "steps_without_their_batch": len(partial),
-        "fates": dict(Counter(f"{each.disposition}: {each.reason}".rstrip(": ") for each in records)),
-        "lag_bound": bound,
-        "trained_spans_by_lag": {str(lag): trained[lag] for lag in sorted(trained)},
+        "steps_without_their_batch": sum(batches[step] != of_a_step for step in range(1, config.steps + 1)),
+        "beyond_the_lag_bound": sum(count for lag, count in trained.items() if lag > bound),
+        **elsewhere(log, journal, {each.episode_id for each in records if each.disposition is Disposition.TRAINED}),
+    }
+    if any(shown[name] for name in MUST_NOT_BE) or not (config.folder / "summary.json").exists():
+        raise SystemExit(f"the log does not hold what it must: {shown}")
+    return shown | {
+        "fates": Counter(NUMBER.sub("N", f"{each.disposition}: {each.reason}".rstrip(": ")) for each in records),
+        "trained_spans_by_lag": Counter({str(lag): trained[lag] for lag in sorted(trained)}),
         "updates_taken_back": len({record.step for record in fate.abandoned if record.step is not None}),
         "sampled_again": len(fate.logged_twice),
         "resumes": sum(1 for _ in log.read(kinds=(Kind.RESUME,))),
     }
-    broken = fate.undecided or fate.decided_twice or fate.unlogged or partial
-    if broken or max(trained) > bound or not (config.folder / "summary.json").exists():
-        raise SystemExit(f"the log does not hold what it must: {shown}, {partial=}")
-    return shown
+
+
+def elsewhere(log: LogReader, journal: Path, trained: Set[str]) -> dict[str, Any]:
+    """How the log and what the agents were told agree.
+
+    A finish is told again when the one that was told is not in the log: with the controller that told it, it died.
+    """
+    marks: dict[str, list[float]] = {}
+    outcomes: Counter[str] = Counter()
+    failed: set[str] = set()
+    for entry in log.read(kinds=(Kind.EPISODE,)):
+        assert isinstance(entry.record, EpisodeRecord)
+        episode = entry.record.episode
+        outcomes[f"{episode.outcome}: {episode.reason}".rstrip(": ")] += 1
+        marks.setdefault(episode.id, []).append(episode.info.get("rewards", {}).get("mark"))
+        (failed.add if not episode.outcome.counts else failed.discard)(episode.id)
+    told = [json.loads(line) for line in journal.read_text().splitlines()]
+    missing = [each for each in told if each["mark"] not in marks.get(each["id"], [])]
+    return {
+        "outcomes": outcomes,
+        "told_finished": len(told),
+        "told_finished_and_not_logged": len(missing),
+        "failed_and_trained": len(failed & trained),
+    }
+
+
+def summed(runs: Sequence[tuple[dict[str, Any], Sequence[Recovered]]]) -> dict[str, Any]:
+    """Several runs as one: sums of what their logs show, and the spread of the times."""
+    times = [each for _, found in runs for each in found]
+    proof: dict[str, Any] = {}
+    for shown, _ in runs:
+        proof = {name: value + proof[name] if proof else value for name, value in shown.items()}
+    return {
+        "faults": len(times),
+        "runs": len(runs),
+        "proof": proof,
+        "recovery_seconds": {
+            what: {
+                "count": len(chosen),
+                "to_next_episode": figures([each.to_episode or 0.0 for each in chosen]),
+                "to_next_update": figures([each.to_update or 0.0 for each in chosen]),
+            }
+            for what in ("all", *sorted({each.what for each in times}))
+            for chosen in [[each for each in times if what in ("all", each.what)]]
+        },
+    }
 
 
 def figures(seconds: Sequence[float]) -> dict[str, float]:

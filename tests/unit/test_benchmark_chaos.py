@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from benchmarks.chaos import plan
-from benchmarks.chaos_log import lags
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.chaos import PAIRS, plan
+from benchmarks.chaos_log import Recovered, elsewhere, lags, summed
 from tests.unit.test_report_parts import episode
 
-from sluice.log import Disposition, DispositionRecord, Entry, EpisodeRecord, Record, ResumeRecord, VersionRecord
-from sluice.types import Version
+from sluice.log import (
+    Disposition,
+    DispositionRecord,
+    Entry,
+    EpisodeRecord,
+    LogReader,
+    Record,
+    ResumeRecord,
+    VersionRecord,
+)
+from sluice.log.writer import LogWriter
+from sluice.types import Outcome, Version
 
 
 def log(*records: Record) -> list[Entry]:
@@ -28,8 +43,8 @@ def trained(id: str, step: int, masked: int = 0) -> DispositionRecord:
 
 def test_a_plan_follows_from_its_seed_and_leaves_nothing_out() -> None:
     assert plan(30, 7) == plan(30, 7) != plan(30, 8)
-    pairs = [(fault.part, fault.kind) for fault in plan(32, 7)]
-    assert len(set(pairs[:16])) == len(set(pairs[16:])) == 16
+    pairs = [(fault.part, fault.kind) for fault in plan(42, 7)]
+    assert set(pairs[:21]) == set(pairs[21:]) == set(PAIRS)
 
 
 def test_lag_is_counted_from_the_version_in_use_when_a_step_begins() -> None:
@@ -45,3 +60,29 @@ def test_lag_of_a_version_that_a_resume_took_back_is_counted_from_where_the_bran
     line = [born(0, parent=None), born(1, parent=Version(0)), born(2, parent=Version(1)), finished("a", 2)]
     line += [ResumeRecord(1, 2), born(1, parent=Version(0)), born(2, 1, parent=Version(1)), trained("a", 3)]
     assert lags(log(*line), 2) == {1: 1}
+
+
+def test_what_an_agent_was_told_is_held_against_the_log(tmp_path: Path) -> None:
+    """An episode that was offered again after a resume may have been finished by any of its agents, with their mark."""
+    done = [replace(episode(id, "g000001"), info={"rewards": {"mark": mark}}) for id, mark in (("a", 0.1), ("b", 0.2))]
+    dead = replace(episode("c", "g000001", outcome=Outcome.INFRA_FAILURE), reason="idle")
+    again = replace(done[0], info={"rewards": {"mark": 0.3}})
+    with LogWriter(tmp_path / "log") as writer:
+        writer.append_many([EpisodeRecord(each) for each in (*done, dead, again)])
+    told = [{"id": "a", "mark": 0.1}, {"id": "a", "mark": 0.3}, {"id": "b", "mark": 0.3}, {"id": "c", "mark": 0.4}]
+    (tmp_path / "told").write_text("".join(json.dumps(each) + "\n" for each in told))
+    found = elsewhere(LogReader(tmp_path / "log"), tmp_path / "told", {"a", "c"})
+    assert found == {
+        "outcomes": {"completed": 3, "infra_failure: idle": 1},
+        "told_finished": 4,
+        "told_finished_and_not_logged": 2,
+        "failed_and_trained": 1,
+    }
+
+
+def test_runs_are_added_up() -> None:
+    one = {"steps": 2, "fates": Counter({"trained": 3})}
+    whole = summed([(one, [Recovered("agent cut", 1.0, 2.0)]), (one, [Recovered("agent cut", 3.0, 0.5)])])
+    assert (whole["faults"], whole["runs"], whole["proof"]) == (2, 2, {"steps": 4, "fates": {"trained": 6}})
+    assert whole["recovery_seconds"]["agent cut"]["to_next_update"] == {"p50": 2.0, "p99": 2.0, "max": 2.0}
+    assert whole["recovery_seconds"].keys() == {"all", "agent cut"}

@@ -20,6 +20,7 @@ from sluice.rollout.engines.base import Finish, GenerateRequest, Generation, Pau
 from sluice.rollout.engines.sglang import SGLangEngine
 from sluice.rollout.engines.sglang.handshake import ROUTES
 from sluice.rollout.engines.sglang.lanes import IDLE_SECONDS
+from sluice.rollout.engines.sglang.wire import LostError, Wire
 from sluice.types import SamplingParams, Version, VersionSpan
 from sluice.weights.base import Manifest, TensorInfo
 
@@ -251,6 +252,20 @@ def test_a_server_that_dies_or_hangs_is_named_with_what_it_did_last() -> None:
         server.generate = dead  # type: ignore[method-assign]
         with pytest.raises(EngineError, match=rf"{URL} cannot be reached for POST /generate"):
             await engine.generate(request())
+
+    run(main())
+
+
+def test_connections_that_were_closed_with_their_server_are_a_lost_server() -> None:
+    """A request that is about to be sent to a router when that ends is sent again, so it must be told LostError."""
+
+    async def main() -> None:
+        wire = Wire("http://127.0.0.1:1", api_key="", seconds=1.0)
+        await wire.close()
+        with pytest.raises(LostError, match=r"cannot be reached for POST /generate: its connections were closed"):
+            await anext(wire.answers("/generate", {}, headers={}, heard=lambda _: None))
+        with pytest.raises(LostError, match=r"GET /model_info: its connections were closed"):
+            await wire.get("/model_info")
 
     run(main())
 

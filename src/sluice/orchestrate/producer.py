@@ -126,9 +126,14 @@ class Producer:
         if found is not None:
             return found.episode, found.reward
         began = time.monotonic()
-        episode = await self._runner.run(EpisodeRequest.member(request, sample, seed=self._seed))
-        episode = replace(episode, info={**episode.info, "seconds": round(time.monotonic() - began, 3)})
-        await self._journal.write(EpisodeRecord(episode))
+        asked = EpisodeRequest.member(request, sample, seed=self._seed)
+        try:
+            episode = await self._runner.run(asked)
+            episode = replace(episode, info={**episode.info, "seconds": round(time.monotonic() - began, 3)})
+            await self._journal.write(EpisodeRecord(episode))
+            asked.receipt.settle(logged=True)
+        finally:
+            asked.receipt.settle(logged=False)
         return episode, None
 
     async def _recover(self, request: GroupRequest, sample: int) -> Recovered | None:

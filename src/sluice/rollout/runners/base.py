@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import xxhash
@@ -17,6 +18,28 @@ def noise_key(seed: int, *parts: str | int) -> int:
     return xxhash.xxh3_64_intdigest("/".join(map(str, (seed, *parts))).encode())
 
 
+class Receipt:
+    """What becomes of a training episode after its runner has handed it over: whether it is in the durable log."""
+
+    def __init__(self) -> None:
+        self._over = asyncio.Event()
+        self._logged = False
+
+    def settle(self, *, logged: bool) -> None:
+        """Say so. What is said first stands."""
+        self._logged = self._logged if self._over.is_set() else logged
+        self._over.set()
+
+    async def logged(self, seconds: float) -> bool:
+        """Wait until it is known; False when that takes longer."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+        except TimeoutError:
+            return False
+        return self._logged
+
+
 @dataclass(frozen=True, slots=True)
 class EpisodeRequest:
     """One episode to be executed.
@@ -28,6 +51,7 @@ class EpisodeRequest:
         noise: the key of a turn's sampling noise by the turn's name; the only turn of a single-turn episode is
             called by the empty string.
         measured: the episode belongs to an evaluation.
+        receipt: for runners that have somebody to tell; settled for episodes that are trained.
     """
 
     id: str
@@ -36,6 +60,7 @@ class EpisodeRequest:
     sampling: SamplingParams
     noise: Callable[[str], int]
     measured: bool = False
+    receipt: Receipt = field(default_factory=Receipt, compare=False)
 
     @classmethod
     def member(cls, group: GroupRequest, sample: int, *, seed: int) -> EpisodeRequest:

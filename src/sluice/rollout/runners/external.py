@@ -1,6 +1,6 @@
 """Agents elsewhere: they lease an episode over HTTP when they are ready for one, and finish it there.
 
-run ──► offer ──► POST /sessions ──► leased ──► POST /sessions/ID/finish ──► episode
+run ──► offer ──► POST /sessions ──► leased ──► POST /sessions/ID/finish ──► episode ──► log ──► the finish is answered
           ▲  cancelled                 └── lease_seconds ──► infra_failure
 """
 
@@ -13,18 +13,26 @@ from dataclasses import dataclass, field
 from sluice.config.runners import ExternalRunner
 from sluice.nearest import did_you_mean
 from sluice.rollout.gateway.desk import Lease, Wanted
-from sluice.rollout.gateway.errors import Busy, UnknownTask
+from sluice.rollout.gateway.errors import Busy, SessionClosed, UnknownTask
 from sluice.rollout.gateway.server import Gateway
 from sluice.rollout.runners.base import EpisodeRequest
 from sluice.rollout.runners.toolkit import Toolkit
 from sluice.types import Episode, Outcome, Prompt
 
+LOG_SECONDS = 30.0
+"""How long the answer to a finish waits for the log."""
+
 
 @dataclass(slots=True, eq=False)
 class _Offer:
-    """An episode that waits for an agent, or is with one."""
+    """An episode that waits for an agent, or is with one.
+
+    Attributes:
+        withdrawn: it is finished here, and nobody elsewhere waits for the log.
+    """
 
     request: EpisodeRequest
+    withdrawn: bool = False
     leased: asyncio.Event = field(default_factory=asyncio.Event)
     episode: asyncio.Future[Episode] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -66,11 +74,13 @@ class ExternalDesk:
             await offer.leased.wait()  # how long agents may stay away is bounded by limits.stall_seconds
             done, _ = await asyncio.wait({offer.episode}, timeout=self._config.lease_seconds)
             if not done:
+                offer.withdrawn = True
                 late = f"not finished within {self._config.lease_seconds:g} s of its lease"
                 return await gateway.finish(request.id, Outcome.INFRA_FAILURE, late)
             return offer.episode.result()
         except asyncio.CancelledError:
             if offer.leased.is_set() and not offer.episode.done():
+                offer.withdrawn = True
                 await gateway.finish(request.id, Outcome.ABORTED, "the run has ended")
             raise
         finally:
@@ -102,10 +112,20 @@ class ExternalDesk:
         raise error
 
     async def finished(self, episode: Episode, rewards: Mapping[str, float]) -> None:
-        """Hand the episode to whoever waits for it; `rewards` are in its `info` already."""
+        """Hand the episode to whoever waits for it, and return when it is in the log; `rewards` are in its `info`.
+
+        Raises:
+            SessionClosed: it was not logged, because the run is ending. A resumed run offers it again.
+        """
         offer = self._offers.get(episode.id)
-        if offer is not None and not offer.episode.done():
-            offer.episode.set_result(episode)
+        if offer is None or offer.episode.done():
+            return
+        offer.episode.set_result(episode)
+        if not offer.withdrawn and not await offer.request.receipt.logged(LOG_SECONDS):
+            raise SessionClosed(
+                f"episode {episode.id} was finished, and the run ended before it was in the log",
+                hint="lease another one: a resumed run offers this one again",
+            )
 
     def _parts(self) -> tuple[Toolkit, Gateway]:
         assert self._bound is not None  # `bind` is called where both are made

@@ -92,6 +92,7 @@ class Wire:
             heard: called once with the headers of the reply, before anything is yielded.
         """
         call = f"POST {path}"
+        self._refuse_closed(call)
         try:
             async with self._client.stream("POST", path, json=body, headers=dict(headers)) as response:
                 heard(response.headers)
@@ -110,6 +111,7 @@ class Wire:
         await self._client.aclose()
 
     async def _call(self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
+        self._refuse_closed(f"{method} {path}")
         try:
             async with asyncio.timeout(seconds):
                 response = await self._client.request(method, path, json=body)
@@ -121,6 +123,11 @@ class Wire:
         except httpx.HTTPError as error:
             raise self._unreachable(error, f"{method} {path}") from error
         return self._read(response, f"{method} {path}")
+
+    def _refuse_closed(self, call: str) -> None:
+        """LostError: the server was lost, and these connections with it, after the caller was sent here."""
+        if self._client.is_closed:
+            raise LostError(f"{self.where} cannot be reached for {call}: its connections were closed")
 
     def _unreachable(self, error: httpx.HTTPError, call: str) -> LostError:
         return LostError(
