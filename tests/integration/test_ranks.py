@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,50 @@ def test_a_checkpoint_of_two_ranks_goes_on_at_three_and_at_one(tmp_path: Path, d
     assert restored.optimizer.steps_done == 4
     close({n: t.clone() for n, t in restored.named_weights()}, last, 0.0)
     close(last, dict(alone.named_weights()), tolerance)
+
+
+@pytest.mark.slow
+def test_a_snapshot_is_written_while_the_ranks_train(tmp_path: Path) -> None:
+    """The first rank's disk stands still (a pipe that nobody reads) during a step; what is written is from before."""
+    model, settings = scratch(tmp_path / "model"), config(dtype="bfloat16")
+    at_once, later = tmp_path / "at-once", tmp_path / "later"
+    for folder in (at_once, later):
+        (folder / "model").mkdir(parents=True)
+    pipe = later / "model" / "config.json"
+    os.mkfifo(pipe)
+    with ranks(2, model, tmp_path, settings) as several, ThreadPoolExecutor(1) as beside:
+        several.step(batch(seed=0), ratio_loss)
+        several.save_model(at_once / "model")
+        several.save_state(at_once / "state")
+        taken = several.snapshot()
+        writing = beside.submit(taken.model, later / "model")
+        several.step(batch(seed=1), ratio_loss)
+        several.save_state(tmp_path / "after")
+        assert not writing.done()
+        assert pipe.read_bytes() == (at_once / "model" / "config.json").read_bytes()
+        writing.result(timeout=60)
+        taken.state(later / "state")
+        pipe.unlink()
+        written = {str(file.relative_to(later)): file.read_bytes() for file in later.rglob("*") if file.is_file()}
+        expected = {str(f.relative_to(at_once)): f.read_bytes() for f in at_once.rglob("*") if f.is_file()}
+        del expected["model/config.json"]
+        assert written == expected
+        state = "state/optimizer.safetensors"
+        assert written[state] != (tmp_path / "after" / "optimizer.safetensors").read_bytes()
+
+        taken = several.snapshot()
+        nowhere = tmp_path / "not-a-folder"
+        nowhere.write_text("")
+        with pytest.raises(CheckpointError, match=r"its state could not be written to .*not-a-folder"):
+            taken.state(nowhere)
+        several.step(batch(seed=2), ratio_loss)  # the ranks live on
+
+        taken = several.snapshot()
+        os.mkfifo(pipe)
+        writing = beside.submit(taken.model, later / "model")
+        os.kill(several._crew.pids[0], signal.SIGKILL)  # pyright: ignore[reportAttributeAccessIssue]
+        with pytest.raises(RanksLost, match="rank 0 of the trainer: was killed by SIGKILL"):
+            writing.result(timeout=60)
 
 
 @pytest.mark.slow

@@ -128,6 +128,17 @@ def test_resumed_equals_uninterrupted(folder: Path, tmp_path: Path, dtype: str, 
         assert ours["value"].tolist() == theirs["value"].tolist()
 
 
+def test_a_snapshot_written_later_is_the_moment_it_was_taken(folder: Path, tmp_path: Path) -> None:
+    critic = _critic(folder, "bfloat16")
+    _steps(critic, 0, 2)
+    critic.save_state(tmp_path / "at-once")
+    taken = critic.snapshot()
+    _steps(critic, 2, 4)
+    taken(tmp_path / "later")
+    for name in ("optimizer.safetensors", "trainer.json"):
+        assert (tmp_path / "later" / name).read_bytes() == (tmp_path / "at-once" / name).read_bytes()
+
+
 def test_state_of_another_model(folder: Path, tmp_path: Path) -> None:
     _critic(folder).save_state(tmp_path / "state")
     wider = _critic(scratch(tmp_path / "wider", intermediate_size=64))

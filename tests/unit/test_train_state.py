@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ torch.set_num_threads(1)
 OPTIMIZER = OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=1, weight_decay=0.01)
 
 
-def _trainer(folder: Path, dtype: str = "float32") -> TorchTrainer:
-    config = TrainConfig.model_validate({"micro_batch_tokens": 64, "dtype": dtype, "optimizer": OPTIMIZER})
+def _trainer(folder: Path, dtype: str = "float32", **changes: Any) -> TorchTrainer:
+    config = TrainConfig.model_validate({"micro_batch_tokens": 64, "dtype": dtype, "optimizer": OPTIMIZER, **changes})
     return TorchTrainer(config, folder, total_steps=6, seed=0)
 
 
@@ -114,3 +116,44 @@ def test_torn_state(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         trainer.load_state(model, state)
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.named_weights())
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"dtype": "bfloat16"}, {"lora": {"rank": 2}}], ids=["float32", "bfloat16", "lora"]
+)
+def test_a_snapshot_written_later_is_the_moment_it_was_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Steps, random numbers, a load into the trainer: none of it is in what is written afterwards."""
+    trainer = _trainer(scratch(tmp_path / "initial"), **changes)
+    _steps(trainer, 0, 2)
+    at_once, later = tmp_path / "at-once", tmp_path / "later"
+    model, state = _save(trainer, at_once)
+    taken = trainer.snapshot()
+    _steps(trainer, 2, 4)
+    torch.rand(5)
+    trainer.offload()
+    for part, write in (("model", taken.model), ("trainer", taken.state)):
+        (later / part).mkdir(parents=True)
+        writing = threading.Thread(target=write, args=(later / part,))
+        writing.start()
+        _steps(trainer, 4, 5)
+        writing.join(60)
+        assert not writing.is_alive()
+    assert _files(later) == _files(at_once)
+    trainer.load_state(model, state)
+    assert _files(_save(trainer, tmp_path / "again")[1]) == _files(state)
+
+
+def test_without_a_copy_a_snapshot_on_a_cpu_takes_no_memory(tmp_path: Path) -> None:
+    """Its tensors are the trainer's: what is trained before it is written, is written."""
+    trainer = _trainer(scratch(tmp_path / "initial"))
+    _steps(trainer, 0, 1)
+    taken = trainer.snapshot(copy=False)
+    _steps(trainer, 1, 2)
+    (tmp_path / "model").mkdir()
+    taken.model(tmp_path / "model")
+    model, _ = _save(trainer, tmp_path / "now")
+    assert _files(tmp_path / "model") == _files(model)

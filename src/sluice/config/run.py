@@ -48,6 +48,9 @@ class CheckpointConfig(Part):
     """Steps between checkpoints; 0 writes one at the end only."""
     keep: int = Field(default=2, ge=1)
     """Checkpoints that are kept; older ones are removed."""
+    background: bool = True
+    """Train on while a checkpoint is written. Until it is, host memory holds a copy of weights and moments; false does
+    without the copy, and the run waits for the disk."""
 
 
 class LogConfig(Part):

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sluice.algos.base import Algorithm
-from sluice.checkpoint.store import CheckpointStore
 from sluice.config.run import RunConfig
 from sluice.data.buffer import Buffer, Dropped
 from sluice.data.gate import Gate, Judgement
@@ -36,6 +35,7 @@ from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
 from sluice.orchestrate.pool import Pool
 from sluice.orchestrate.producer import Producer
+from sluice.orchestrate.saver import Saver, snapshots
 from sluice.train.base import Critic, StepStats, Trainer
 from sluice.types import Group, Outcome, Scored, Version
 from sluice.weights.lineage import Lineage
@@ -73,7 +73,7 @@ class Parts:
     gate: Gate
     lineage: Lineage
     store: WeightStore
-    checkpoints: CheckpointStore
+    saver: Saver
     journal: Journal
     sinks: Sequence[MetricSink]
     view: View
@@ -84,7 +84,7 @@ class Parts:
 
 
 class Loop:
-    """Runs batches until the configured number is trained."""
+    """Runs batches until the configured number is trained and the last checkpoint is there."""
 
     def __init__(self, config: RunConfig, parts: Parts, progress: Progress) -> None:
         self._config = config
@@ -110,6 +110,9 @@ class Loop:
             period = config.checkpoint.every
             if last or (period and self.progress.batch % period == 0):
                 await self.checkpoint()
+            await parts.saver.look()
+        with self._phase("checkpoint"):
+            await parts.saver.settle()
 
     async def publish(self, *records: DispositionRecord) -> Version:
         """Name the trainer's weights, log them behind what else belongs to the step, and activate them."""
@@ -271,15 +274,17 @@ class Loop:
         metrics["speed/rollout_tokens_per_second"] = progress.rollout_tokens / seconds[0]
         metrics["speed/train_tokens_per_second"] = progress.trained_tokens / seconds[1]
         metrics |= {f"time/{name}": value for name, value in parts.timer.lap().items()}
-        metrics |= {**parts.figures(), **parts.pool.figures()}
+        metrics |= {**parts.figures(), **parts.pool.figures(), **parts.saver.figures()}
         for sink in parts.sinks:
             sink.write(progress.batch, metrics)
         parts.view.step(progress.batch, metrics)
 
     async def checkpoint(self) -> None:
-        """Write everything that a resumed run needs."""
+        """Begin to write everything that a resumed run needs, as it is now; what was begun before is finished first."""
         parts, progress = self._parts, self.progress
         with self._phase("checkpoint"):
+            await parts.saver.settle()
+            write = await parts.beside(snapshots, parts.trainer, parts.critic, copy=parts.saver.background)
             progress.wall_seconds = parts.timer.wall_seconds
             state = {
                 "progress": {name: getattr(progress, name) for name in Progress.__slots__},
@@ -289,8 +294,4 @@ class Loop:
                 "timer": parts.timer.state_dict(),
                 "cursor": parts.journal.sync(),
             }
-            write = {"model": parts.trainer.save_model, "trainer": parts.trainer.save_state}
-            if parts.critic is not None:
-                write["critic"] = parts.critic.save_state
-            await parts.beside(parts.checkpoints.save, progress.batch, state, write)
-            await parts.journal.write(CheckpointRecord(progress.step, self._in_use()))
+            await parts.saver.begin(progress.batch, state, write, CheckpointRecord(progress.step, self._in_use()))

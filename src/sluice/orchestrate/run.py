@@ -39,6 +39,7 @@ from sluice.orchestrate.placement import Placement
 from sluice.orchestrate.pool import Pool
 from sluice.orchestrate.producer import Producer, Recovered
 from sluice.orchestrate.recovery import alive_episodes, alive_requests, first_alive, logged_episodes, logged_versions
+from sluice.orchestrate.saver import Saver
 from sluice.orchestrate.setup import Data, initial_model, load_data, make_critic, total_updates
 from sluice.orchestrate.streams import frozen_policies
 from sluice.orchestrate.warm_start import fine_tune, prefer
@@ -136,13 +137,15 @@ class Run(ABC):
             apart = supply.elsewhere or not isinstance(trainer, TorchTrainer)
             beside = Beside(apart=apart, threads=config.threads)
             stack.callback(beside.close)
+            saver = Saver(checkpoints, journal, background=config.checkpoint.background, apart=apart)
+            stack.callback(saver.close)
             await supply.pool.occupied(trainer, critic, beside)
             parts = Parts(
                 pool=supply.pool, producer=producer, evaluator=supply.evaluator, trainer=trainer, critic=critic,
                 algorithm=algorithm,
                 learner=Learner(trainer, algorithm, critic, micro_batch_tokens=config.train.micro_batch_tokens),
                 buffer=buffer, gate=supply.gate, lineage=lineage, store=WeightStore(folder / "weights", start, lineage),
-                checkpoints=checkpoints, journal=journal, sinks=self._sinks(stack, progress.batch), view=self._view,
+                saver=saver, journal=journal, sinks=self._sinks(stack, progress.batch), view=self._view,
                 timer=self._timer, beside=beside, figures=supply.figures, tasks=supply.tasks,
             )  # fmt: skip
             return await self._drive(Loop(config, parts, progress), parts, fresh=checkpoint is None)

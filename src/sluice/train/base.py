@@ -20,6 +20,23 @@ ValueLoss: TypeAlias = Callable[[ValueInputs], LossOutput]
 """The same of a critic."""
 
 
+Writer: TypeAlias = Callable[[Path], None]
+"""Writes files into a folder that is there. For any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A trainer at one moment: what is written later on is that moment, whatever has been trained since.
+
+    Attributes:
+        model: writes the weights as a Hugging Face folder that engines and `load_model` read.
+        state: writes what `model` leaves out: moments, step count, random state, full-precision weights.
+    """
+
+    model: Writer
+    state: Writer
+
+
 @dataclass(frozen=True, slots=True)
 class Mismatch:
     """How far trainer and engine log-probs of the same tokens are apart, in nats.
@@ -111,7 +128,8 @@ class Trainer(Protocol):
     def offload(self) -> None:
         """Leave the accelerator: weights, moments, frozen policies go to host memory. Nothing else is lost.
 
-        What does not compute still works meanwhile: `named_weights`, `save_model`, `save_state`, `load_state`.
+        What does not compute still works meanwhile: `named_weights`, `snapshot`, `save_model`, `save_state`,
+        `load_state`.
         Harmless when repeated, and on a CPU, where there is nowhere to go.
         """
         ...
@@ -128,12 +146,21 @@ class Trainer(Protocol):
         """Every tensor once, under its Hugging Face checkpoint name, tied ones under the first name only."""
         ...
 
+    def snapshot(self, *, copy: bool = True) -> Snapshot:
+        """Weights and state as they are now, in host memory until they are written.
+
+        Args:
+            copy: they are the snapshot's own, and training may go on. Without, they may be the trainer's: nothing but
+                the snapshot's writers may be called until both have been.
+        """
+        ...
+
     def save_model(self, folder: Path) -> None:
-        """Write the weights as a Hugging Face folder that engines and `load_model` read."""
+        """Write the model of a snapshot that is taken now."""
         ...
 
     def save_state(self, folder: Path) -> None:
-        """Write what `save_model` leaves out: moments, step count, random state, full-precision weights."""
+        """Write the state of a snapshot that is taken now."""
         ...
 
     def load_state(self, model: Path, state: Path) -> None:
@@ -183,8 +210,12 @@ class Critic(Protocol):
         """See `Trainer.onload`."""
         ...
 
+    def snapshot(self, *, copy: bool = True) -> Writer:
+        """Everything as it is now: weights, moments, step count; see `Trainer.snapshot`."""
+        ...
+
     def save_state(self, folder: Path) -> None:
-        """Write everything: weights, moments, step count."""
+        """Write a snapshot that is taken now."""
         ...
 
     def load_state(self, folder: Path) -> None:

@@ -110,6 +110,26 @@ def gathered(tensor: Tensor) -> Tensor:
     return there.full_tensor()
 
 
+def apart(whole: Tensor, tensor: Tensor) -> Tensor:
+    """`whole`, which is all of `tensor`, in host memory that is not the tensor's own: copied once, on the way there."""
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if whole.device.type != "cpu":
+        return whole.cpu()
+    return whole.clone() if whole.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() else whole
+
+
+def on_host(tensor: Tensor, *, copy: bool) -> Tensor:
+    """The whole of a tensor in host memory; nothing of it at the ranks behind the first. Collective as `gathered` is.
+
+    Args:
+        copy: never in memory that the tensor itself has.
+    """
+    whole = gathered(tensor.detach())
+    if isinstance(tensor, DTensor) and dist.get_rank():
+        return torch.empty(0, dtype=whole.dtype)
+    return apart(whole, tensor) if copy else whole.cpu()
+
+
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """This rank's part of a whole `tensor`, laid out and placed as `other` is. No communication."""
     if not isinstance(other, DTensor):

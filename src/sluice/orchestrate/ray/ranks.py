@@ -15,7 +15,10 @@ from sluice.errors import TrainError
 from sluice.orchestrate.ray.cluster import Room
 from sluice.rollout.process import reserve_port
 from sluice.train.ranks.calls import Dispatcher, Failure, outcome
-from sluice.train.ranks.crew import Crew
+from sluice.train.ranks.crew import Crew, silent
+
+BESIDE = "beside"
+_OPTIONS: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {BESIDE: 1}}
 
 
 class RankShell(Dispatcher):
@@ -30,8 +33,13 @@ class RankShell(Dispatcher):
     def answer(self, method: str, arguments: tuple[Any, ...]) -> Any:
         return outcome(lambda: self.call(method, arguments))
 
+    @ray.method(concurrency_group=BESIDE)
+    def answer_beside(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        """In a thread of its own, whatever `answer` is doing."""
+        return outcome(lambda: self.call(method, arguments))
 
-RankActor: Any = ray.remote(max_restarts=0, max_task_retries=0)(RankShell)
+
+RankActor: Any = ray.remote(**_OPTIONS)(RankShell)
 
 
 class RayCrew(Crew):
@@ -61,6 +69,11 @@ class RayCrew(Crew):
     def _receive(self, calls: Mapping[Any, int], seconds: float) -> dict[Any, Any]:
         ready, _ = ray.wait(list(calls), timeout=seconds)
         return {call: _answer(call) for call in ready}
+
+    def _answer_beside(self, method: str, arguments: tuple[Any, ...], seconds: float) -> Any:
+        call = self._actors[0].answer_beside.remote(method, arguments)
+        ready, _ = ray.wait([call], timeout=seconds)
+        return _answer(call) if ready else silent(method, seconds)
 
     def _end(self) -> None:
         for actor in self._actors:

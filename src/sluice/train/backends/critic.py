@@ -23,13 +23,15 @@ from sluice.models.heads import backbone, output_head
 from sluice.train.attention import PACKED_ATTENTION
 from sluice.train.backends.offload import HostMemory
 from sluice.train.backends.optimizer import MasterOptimizer
-from sluice.train.backends.state import read_state, write_state
+from sluice.train.backends.snapshot import state_writer
+from sluice.train.backends.state import read_state
 from sluice.train.backends.torch import checkpoint_activations
 from sluice.train.backends.updating import step_gradients, take_step
-from sluice.train.base import CriticStats, Loss, ValueLoss
+from sluice.train.base import CriticStats, Loss, ValueLoss, Writer
 from sluice.train.logprob import TokenScores
 from sluice.train.packed_model import Pack, choose_attention, make_pack, predicting_states, shares_prompts
 from sluice.train.packing import assign_groups, check_fit
+from sluice.train.sharding import on_host
 from sluice.train.totals import StepTotals, run_loss
 from sluice.types import LossInputs, LossOutput, MicroBatch, TrainBatch, TrainSample, ValueInputs
 
@@ -144,10 +146,14 @@ class TorchCritic:
     def _tensors(self) -> Iterator[Tensor]:
         yield from (*self.model.parameters(), *self.model.buffers(), *self.optimizer.tensors())
 
+    def snapshot(self, *, copy: bool = True) -> Writer:
+        """See `Critic.snapshot`."""
+        weights = {f"{_WEIGHT}{name}": on_host(p, copy=copy) for name, p in self.model.named_parameters()}
+        return state_writer({**self.optimizer.state(copy=copy), **weights}, self.optimizer.steps_done)
+
     def save_state(self, folder: Path) -> None:
         """See `Critic.save_state`."""
-        weights = {f"{_WEIGHT}{name}": p.detach().cpu() for name, p in self.model.named_parameters()}
-        write_state(folder, {**self.optimizer.state(), **weights}, self.optimizer.steps_done)
+        self.snapshot(copy=False)(folder)
 
     @torch.no_grad()
     def load_state(self, folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from sluice.config.train import OptimizerConfig
 from sluice.errors import CheckpointError
 from sluice.train.schedule import learning_rate
-from sluice.train.sharding import gathered, like
+from sluice.train.sharding import gathered, like, on_host
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -114,15 +114,19 @@ class MasterOptimizer:
         for state in self._adamw.state.values():
             state.update({key: value.to(device) for key, value in state.items()})
 
-    def state(self) -> dict[str, Tensor]:
-        """Moments, and masters that are not the model's own parameters, as whole CPU tensors by flat names."""
+    def state(self, *, copy: bool = False) -> dict[str, Tensor]:
+        """Moments, and masters that are not the model's own parameters, as whole CPU tensors by flat names.
+
+        They may share the optimizer's memory, which the next update changes, unless `copy`. With shards a call of all
+        ranks, of which only the first gets them.
+        """
         tensors: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             if self._writes_master(name):
-                tensors[f"master/{name}"] = gathered(master.detach()).cpu()
+                tensors[f"master/{name}"] = on_host(master, copy=copy)
             if self.steps_done:
                 state = self._adamw.state.get(master) or _fresh(master)
-                tensors |= {f"{key}/{name}": gathered(value.detach()).cpu() for key, value in state.items()}
+                tensors |= {f"{key}/{name}": on_host(value, copy=copy) for key, value in state.items()}
         return tensors
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,18 @@ _NOT_ARCHITECTURE = frozenset({"_name_or_path", "transformers_version", "dtype",
 _TOKENIZER_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model"})
 
 
-def write_state(folder: Path, tensors: dict[str, Tensor], steps_done: int) -> None:
-    """Write optimizer tensors, torch's random state and the step count to `folder`."""
-    everything = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    everything[f"{_RNG}cpu"] = torch.get_rng_state()
+def random_state() -> dict[str, Tensor]:
+    """Torch's random state of now, by names that no optimizer tensor has."""
+    found = {f"{_RNG}cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        for number, state in enumerate(torch.cuda.get_rng_state_all()):
-            everything[f"{_RNG}cuda{number}"] = state
+        found |= {f"{_RNG}cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
+    return found
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor], steps_done: int) -> None:
+    """Write tensors, those of `random_state` among them, and the step count to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(everything, folder / _TENSORS)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
     (folder / _COUNTERS).write_text(json.dumps({"steps_done": steps_done}), encoding="utf-8")
 
 

@@ -29,9 +29,10 @@ from sluice.train.backends.frozen import FrozenPolicies
 from sluice.train.backends.lora import Adapters
 from sluice.train.backends.offload import HostMemory
 from sluice.train.backends.optimizer import MasterOptimizer
-from sluice.train.backends.state import check_same_architecture, copy_tokenizer_files, read_state, write_state
+from sluice.train.backends.snapshot import Shell, nothing, state_writer
+from sluice.train.backends.state import check_same_architecture, read_state
 from sluice.train.backends.updating import step_gradients, take_step
-from sluice.train.base import Loss, StepStats
+from sluice.train.base import Loss, Snapshot, StepStats, Writer
 from sluice.train.packed_model import (
     Pack,
     PackedModel,
@@ -43,7 +44,7 @@ from sluice.train.packed_model import (
 )
 from sluice.train.packing import assign_groups, check_fit
 from sluice.train.routing import RoutingReplay
-from sluice.train.sharding import Shards, gathered, identity, like
+from sluice.train.sharding import Shards, apart, gathered, identity, like
 from sluice.train.totals import MicroResult, StepTotals, run_loss, send_back
 from sluice.types import MicroBatch, TrainBatch, TrainSample
 
@@ -80,7 +81,6 @@ class TorchTrainer:
     ) -> None:
         self._config = config
         self._shards = shards
-        self._folder = model_folder
         self._device = torch.device(device)
         self._host = HostMemory(self._device)
         self._share = shares_prompts(config.share_prompts, self._device)
@@ -92,6 +92,7 @@ class TorchTrainer:
             model.set_attn_implementation(self._attention)
         else:
             model = load_model(model_folder, dtype=config.dtype, attn_implementation=self._attention)
+        self._shell = Shell(model, model_folder, getattr(torch, config.dtype))
         self.model = model if shards else to_device(model, self._device)
         self._adapters = Adapters(model, config.lora) if config.lora else None
         replay = RoutingReplay(model) if config.routing_replay else None
@@ -259,46 +260,55 @@ class TorchTrainer:
         """See `Trainer.named_weights`; tensors have the dtype the trainer computes in."""
         yield from revert_weight_conversion(self.model, self._whole_weights(once=True)).items()
 
-    def _whole_weights(self, *, once: bool) -> dict[str, Tensor]:
+    def _whole_weights(self, *, once: bool, copy: bool = False) -> dict[str, Tensor]:
         """The model's tensors in the dtype it computes in; tied ones under the first name only, or under each.
 
-        With shards a call of all ranks, of which only the first gets what it asks for.
+        With shards a call of all ranks, of which only the first gets what it asks for. With `copy` they are in host
+        memory of their own.
         """
         dtype = getattr(torch, self._config.dtype)
         first: dict[Any, Tensor] = {}
         found: dict[str, Tensor] = {}
+        lasting = {identity(tensor) for tensor in self.model.state_dict().values()}
         own = self._adapters.merged() if self._adapters else self.model.state_dict().items()
         for name, tensor in own:
             key = identity(tensor)
+            if key not in lasting:  # merged with its adapter, in memory that the next one may get
+                key = name
             if key in first:
                 if not once and (not self._shards or self._shards.rank == 0):
                     found[name] = first[key]
                 continue
             whole = first[key] = gathered(tensor.detach())
             if self._shards and self._shards.rank:
-                first[key] = whole[:0]
+                first[key] = whole.new_empty(0)
                 continue
             if self._rounds and whole.is_floating_point():
                 whole = first[key] = whole.to(dtype)
+            if copy:
+                whole = first[key] = apart(whole, tensor) if key in lasting else whole.cpu()
             found[name] = whole
         return found
 
+    def snapshot(self, *, copy: bool = True) -> Snapshot:
+        """See `Trainer.snapshot`. With shards a call of all ranks, of which the first writes everything."""
+        return Snapshot(self._model_writer(copy=copy), self._state_writer(copy=copy))
+
     def save_model(self, folder: Path) -> None:
         """See `Trainer.save_model`. Weights have the dtype the trainer computes in."""
-        if self._shards is None and self._adapters is None:
-            self.model.save_pretrained(folder)
-        else:
-            weights = self._whole_weights(once=False)
-            if self._shards and self._shards.rank:
-                return
-            self.model.save_pretrained(folder, state_dict=weights)
-        copy_tokenizer_files(self._folder, folder)
+        self._model_writer(copy=False)(folder)
 
     def save_state(self, folder: Path) -> None:
         """See `Trainer.save_state`."""
-        state = self.optimizer.state()
-        if self._shards is None or self._shards.rank == 0:
-            write_state(folder, state, self.optimizer.steps_done)
+        self._state_writer(copy=False)(folder)
+
+    def _model_writer(self, *, copy: bool) -> Writer:
+        weights = self._whole_weights(once=False, copy=copy)
+        return nothing if self._shards and self._shards.rank else self._shell.writer(weights)
+
+    def _state_writer(self, *, copy: bool) -> Writer:
+        state = self.optimizer.state(copy=copy)
+        return nothing if self._shards and self._shards.rank else state_writer(state, self.optimizer.steps_done)
 
     @torch.no_grad()
     def load_state(self, model: Path, state: Path) -> None:

@@ -53,6 +53,10 @@ class Crew(ABC):
         """Answers to some of `calls`, results and failures; none when nothing came within `seconds`."""
 
     @abstractmethod
+    def _answer_beside(self, method: str, arguments: tuple[Any, ...], seconds: float) -> Any:
+        """The first rank's answer to a call beside the others, a failure too; `silent` when none came in time."""
+
+    @abstractmethod
     def _end(self) -> None:
         """End what still runs. Harmless when repeated."""
 
@@ -62,8 +66,7 @@ class Crew(ABC):
         Raises:
             TrainError: a rank failed, died or did not answer in time: the first failure. All ranks are ended.
         """
-        if self._ended:
-            raise TrainError(f"the ranks were ended: {self._ended}", hint="start the run again with --resume")
+        self._check_alive()
         calls = self._send(method, arguments)
         deadline = time.monotonic() + seconds
         answers: dict[int, Any] = {}
@@ -83,6 +86,24 @@ class Crew(ABC):
         self._end()
         raise first_failure(failures, method, missing, seconds)
 
+    def beside(self, method: str, *arguments: Any, seconds: float) -> Any:
+        """Call `method` at the first rank, in a second thread there: `call` goes on meanwhile.
+
+        One at a time, from any thread. The method must not need the other ranks.
+
+        Raises:
+            TrainError: it failed, the rank died or did not answer in time. No rank is ended.
+        """
+        self._check_alive()
+        answer = self._answer_beside(method, arguments, seconds)
+        if isinstance(answer, Failure):
+            raise first_failure({0: answer}, method, [], seconds)
+        return answer
+
+    def _check_alive(self) -> None:
+        if self._ended:
+            raise TrainError(f"the ranks were ended: {self._ended}", hint="start the run again with --resume")
+
     def close(self) -> None:
         """End all ranks. Harmless when repeated."""
         self._ended = self._ended or "the trainer was closed"
@@ -94,12 +115,13 @@ class _Child:
     rank: int
     process: subprocess.Popen[bytes]
     connection: Connection
+    beside: Connection
     log: Path
 
-    def answer(self) -> Any:
-        """The next one: a result or a failure, its death too."""
+    def answer(self, connection: Connection) -> Any:
+        """The next one that comes there: a result or a failure, its death too."""
         try:
-            answer = pickle.loads(self.connection.recv_bytes())
+            answer = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=GRACE_SECONDS)
@@ -159,18 +181,35 @@ class ProcessCrew(Crew):
         return {child.connection: child.rank for child in self._children}
 
     def _receive(self, calls: Mapping[Any, int], seconds: float) -> dict[Any, Any]:
-        return {ready: self._children[calls[ready]].answer() for ready in wait(list(calls), timeout=seconds)}
+        children = {ready: self._children[calls[ready]] for ready in wait(list(calls), timeout=seconds)}
+        return {ready: child.answer(child.connection) for ready, child in children.items()}
+
+    def _answer_beside(self, method: str, arguments: tuple[Any, ...], seconds: float) -> Any:
+        first = self._children[0]
+        with suppress(OSError):  # it is dead: told when its answer is read
+            first.beside.send_bytes(_pickled(method, arguments))
+            if not first.beside.poll(seconds):
+                first.beside.close()  # what comes later is no answer to another call
+                return silent(method, seconds)
+        return first.answer(first.beside)
 
     def _end(self) -> None:
         """The connections close, and with them the ranks; SIGKILL for one that does not follow."""
         for child in self._children:
             child.connection.close()
+            child.beside.close()
         for child in self._children:
             try:
                 child.process.wait(timeout=GRACE_SECONDS)
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
+
+
+def silent(method: str, seconds: float) -> Failure:
+    """What stands for the answer of a rank that gave none."""
+    text = f"did not answer {method!r} within {seconds:g} s"
+    return Failure(time.time(), text, "train.rank_seconds is the deadline", TimeoutError, "")
 
 
 def first_failure(failures: dict[int, Failure], method: str, missing: Sequence[int], seconds: float) -> SluiceError:
@@ -195,15 +234,16 @@ def first_failure(failures: dict[int, Failure], method: str, missing: Sequence[i
 
 
 def _start(rank: int, log: Path, environment: dict[str, str]) -> _Child:
-    ours, theirs = Pipe()
+    (ours, theirs), (ours_beside, theirs_beside) = Pipe(), Pipe()
     paths = os.pathsep.join(path for path in sys.path if path)
-    with theirs, log.open("wb") as output:
+    with theirs, theirs_beside, log.open("wb") as output:
+        numbers = theirs.fileno(), theirs_beside.fileno()
         process = subprocess.Popen(
-            [sys.executable, "-m", "sluice.train.ranks.program", str(theirs.fileno())],
+            [sys.executable, "-m", "sluice.train.ranks.program", *map(str, numbers)],
             env={**os.environ, "PYTHONPATH": paths, **environment}, stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, pass_fds=(theirs.fileno(),), start_new_session=True,
+            stderr=subprocess.STDOUT, pass_fds=numbers, start_new_session=True,
         )  # fmt: skip
-    return _Child(rank, process, ours, log)
+    return _Child(rank, process, ours, ours_beside, log)
 
 
 class _Pickler(pickle.Pickler):

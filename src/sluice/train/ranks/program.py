@@ -1,7 +1,8 @@
-"""The program of a rank: `python -m sluice.train.ranks.program FD`, started by `ProcessCrew`.
+"""The program of a rank: `python -m sluice.train.ranks.program FD BESIDE`, started by `ProcessCrew`.
 
 It reads pickled calls from the connection FD and answers each with a pickled result or failure. The controller's end
-of the connection is its life: when that closes, the rank ends at once, in the middle of a collective too.
+of the connection is its life: when that closes, the rank ends at once, in the middle of a collective too. Calls that
+come from BESIDE are answered there, by a second thread, whatever the rank is doing meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import pickle
 import queue
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from sluice.train.ranks.calls import Dispatcher, Failure, outcome
@@ -25,16 +28,29 @@ def read_calls(connection: Connection, calls: queue.SimpleQueue[bytes]) -> None:
             os._exit(1)
 
 
-def main() -> None:
-    connection = Connection(int(sys.argv[1]))
-    calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=read_calls, args=(connection, calls), daemon=True).start()
-    dispatcher = Dispatcher()
+def answer_calls(dispatcher: Dispatcher, receive: Callable[[], bytes], connection: Connection) -> None:
+    """One after the other, for ever."""
     while True:
-        answer = outcome(lambda: dispatcher.call(*pickle.loads(calls.get())))
+        message = receive()
+        answer = outcome(lambda: dispatcher.call(*pickle.loads(message)))  # noqa: B023  (it is called before the next)
         if isinstance(answer, Failure):
             print(answer.traceback, end="", file=sys.stderr, flush=True)
         connection.send_bytes(pickle.dumps(answer))
+
+
+def answer_beside(dispatcher: Dispatcher, connection: Connection) -> None:
+    """The same until the controller closes the connection."""
+    with suppress(EOFError, OSError):
+        answer_calls(dispatcher, connection.recv_bytes, connection)
+
+
+def main() -> None:
+    connection, beside = (Connection(int(number)) for number in sys.argv[1:3])
+    calls: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    dispatcher = Dispatcher()
+    threading.Thread(target=read_calls, args=(connection, calls), daemon=True).start()
+    threading.Thread(target=answer_beside, args=(dispatcher, beside), daemon=True).start()
+    answer_calls(dispatcher, calls.get, connection)
 
 
 if __name__ == "__main__":

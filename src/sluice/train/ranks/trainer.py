@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from sluice.config.train import TrainConfig
 from sluice.errors import TrainError
 from sluice.plugins import loaded_files
-from sluice.train.base import Loss, StepStats
+from sluice.train.base import Loss, Snapshot, StepStats
 from sluice.train.packing import check_fit, split_over, spread
 from sluice.train.ranks.crew import Crew
 from sluice.train.ranks.worker import RankSpec, StepPart
@@ -172,6 +173,14 @@ class RankedTrainer:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
                     yield name, tensors.get_tensor(name)
+
+    def snapshot(self, *, copy: bool = True) -> Snapshot:
+        """See `Trainer.snapshot`. The first rank holds it, and writes it beside what all are called for."""
+        self._all("snapshot", copy)
+        return Snapshot(partial(self._write, "model"), partial(self._write, "state"))
+
+    def _write(self, part: str, folder: Path) -> None:
+        self._crew.beside("write", part, folder.absolute(), seconds=self._config.rank_seconds)
 
     def save_model(self, folder: Path) -> None:
         """See `Trainer.save_model`."""

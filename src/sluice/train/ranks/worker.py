@@ -16,9 +16,10 @@ from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from sluice import device as devices
 from sluice.config.train import TrainConfig
+from sluice.errors import CheckpointError
 from sluice.plugins import load_files
 from sluice.train.backends.torch import TorchTrainer
-from sluice.train.base import Loss
+from sluice.train.base import Loss, Writer
 from sluice.train.sharding import Shards, gathered
 from sluice.train.totals import MicroResult
 from sluice.types import MicroBatch, TrainSample
@@ -91,6 +92,7 @@ class RankWorker:
             spec.config, spec.model_folder, total_steps=spec.total_steps, seed=spec.seed, device=spec.device,
             frozen=spec.frozen, shards=self._shards,
         )  # fmt: skip
+        self._taken: dict[str, Writer] = {}
 
     def score(self, streams: Sequence[str], passes: Sequence[Sequence[TrainSample]]) -> dict[str, list[np.ndarray]]:
         """Log-probs by stream and pass, `[tokens of the pass]`."""
@@ -136,6 +138,27 @@ class RankWorker:
         weights = dict(self._trainer.named_weights())
         if self._shards.rank == 0:
             save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, file)
+
+    def snapshot(self, copy: bool) -> None:
+        """Of all ranks, kept at the first until `write` has written it."""
+        self._taken.clear()  # room for it
+        taken = self._trainer.snapshot(copy=copy)
+        if self._shards.rank == 0:
+            self._taken = {"model": taken.model, "state": taken.state}
+
+    def write(self, part: str, folder: Path) -> None:
+        """Write `model` or `state` of the snapshot, and forget it. No collective call: for the first rank alone.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        try:
+            self._taken.pop(part)(folder)
+        except Exception as error:
+            raise CheckpointError(
+                f"its {part} could not be written to {folder}: {error}",
+                hint="free space and resume; earlier checkpoints and every finished episode are safe",
+            ) from error
 
     def save_model(self, folder: Path) -> None:
         self._trainer.save_model(folder)
