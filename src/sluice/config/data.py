@@ -233,6 +233,13 @@ class PythonFilter(Part):
     """The function."""
 
 
+class Padding(Part):
+    """GLM-5's rule for groups in which episodes failed: fill up with repeats of valid ones, or drop."""
+
+    min_share: float = Field(default=0.5, ge=0, lt=1)
+    """A group of which no more than this share is valid is dropped."""
+
+
 FilterConfig = Annotated[SpreadFilter | MinValidFilter | PythonFilter, Field(discriminator="type")]
 
 
@@ -315,6 +322,9 @@ class DataConfig(Part):
     """Which prompts, how many samples."""
     filters: tuple[FilterConfig, ...] = ()
     """Asked in order; the first that objects drops the group."""
+    padding: Padding | None = None
+    """What is done with groups in which episodes failed, before the filters are asked; None trains the members that are
+    left, and such a group weighs less than a whole one."""
     gate: GateConfig = GateConfig()
     """Staleness bound and order."""
 

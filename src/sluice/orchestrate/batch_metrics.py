@@ -84,6 +84,20 @@ def task_metrics(
     return metrics
 
 
+def padding_metrics(groups: Sequence[Group], padded: Sequence[Group], *, by_task: bool) -> dict[str, float]:
+    """What padding made of the groups of one batch: repeats, and sampled tokens in them."""
+    counts: Counter[str] = Counter({"rollout/repeated": 0, "rollout/repeated_tokens": 0})
+    for before, after in zip(groups, padded, strict=True):
+        task = before.request.prompt.task
+        for old, new in zip(before.members, after.members, strict=True):
+            again = int(new is not old)
+            counts["rollout/repeated"] += again
+            counts["rollout/repeated_tokens"] += again * new.episode.num_sampled_tokens
+            if by_task:
+                counts[f"task/{task}/repeated"] += again
+    return {name: float(count) for name, count in counts.items()}
+
+
 def train_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
     """Means over the updates of one batch; the mismatch is that of the first, before any update."""
     metrics = {

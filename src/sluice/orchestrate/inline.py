@@ -11,7 +11,6 @@ from sluice import device
 from sluice.algos.base import Algorithm
 from sluice.checkpoint.store import CheckpointStore
 from sluice.config.run import RunConfig
-from sluice.data.filters import make_filter
 from sluice.data.gate import Gate
 from sluice.errors import ConfigError
 from sluice.log.writer import LogWriter
@@ -30,6 +29,7 @@ from sluice.orchestrate.setup import (
     embedded_engine,
     load_data,
     make_engine,
+    make_filters,
     make_strategy,
     require,
 )
@@ -84,7 +84,7 @@ class InlineRun(Run):
             gate=gate,
             strategy=make_strategy(config.data, data, seed=config.seed),
             sampling=config.rollout.sampling.params(eos=rollout.chat.eos),
-            filters=[make_filter(each) for each in config.data.filters],
+            filters=make_filters(config.data),
             pool=pool,
             produce=produce,
             evaluator=make_evaluator(stack, config, rollout, journal, data) if data.held_out else None,

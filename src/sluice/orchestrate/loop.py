@@ -22,12 +22,19 @@ from sluice.algos.base import Algorithm
 from sluice.config.run import RunConfig
 from sluice.data.buffer import Buffer, Dropped
 from sluice.data.gate import Gate, Judgement
+from sluice.data.padding import pad
 from sluice.errors import EngineError, RewardError, TrainError
 from sluice.log.records import CheckpointRecord, Disposition, DispositionRecord, GroupRecord, VersionRecord
 from sluice.obs.metrics import MetricSink
 from sluice.obs.timing import PhaseTimer
 from sluice.obs.view import View
-from sluice.orchestrate.batch_metrics import gate_metrics, rollout_metrics, task_metrics, train_metrics
+from sluice.orchestrate.batch_metrics import (
+    gate_metrics,
+    padding_metrics,
+    rollout_metrics,
+    task_metrics,
+    train_metrics,
+)
 from sluice.orchestrate.beside import Beside
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.fates import disposition, with_advantages
@@ -183,6 +190,11 @@ class Loop:
         self._check_infrastructure(groups)
         step = progress.step + parts.algorithm.updates_per_batch
         judged, dispositions, verdicts = self._judge(groups, step)
+        several = len(parts.tasks) > 1
+        padding: dict[str, float] = {}
+        if self._config.data.padding is not None:
+            judged, whole = [pad(group) for group in judged], judged
+            padding = padding_metrics(whole, judged, by_task=several)
         await parts.pool.train()
         with self._phase("score"):
             scored = await parts.beside(parts.learner.score, judged)
@@ -195,8 +207,8 @@ class Loop:
         progress.batch += 1
         metrics = (
             rollout_metrics(groups, self._dropped) | gate_metrics(verdicts) | train_metrics(stats) | critic_metrics
-        )
-        if len(parts.tasks) > 1:
+        ) | padding
+        if several:
             metrics |= task_metrics(groups, self._dropped, verdicts)
         metrics["version/step"], metrics["version/attempt"] = version
         self._count(groups, stats)

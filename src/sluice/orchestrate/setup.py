@@ -12,7 +12,9 @@ from sluice.algos.base import ActorCritic, Algorithm
 from sluice.config.data import Curriculum, DataConfig, GroupSampling, MixSource, PythonStrategy
 from sluice.config.rollout import EmbeddedConfig, RolloutConfig
 from sluice.config.run import RunConfig
+from sluice.data.filters import GroupFilter, make_filter
 from sluice.data.mix import MixStrategy
+from sluice.data.padding import mostly_failed
 from sluice.data.sources import load_prompts, mix, split
 from sluice.data.strategy import CurriculumStrategy, GroupStrategy, Strategy
 from sluice.errors import ConfigError, DataError
@@ -76,6 +78,12 @@ def load_data(config: DataConfig, *, seed: int) -> Data:
         for source in config.strategy.levels:
             levels.append([prompt for prompt in load_prompts(source) if prompt.messages not in texts])
     return Data(train, levels, held_out)
+
+
+def make_filters(config: DataConfig) -> list[GroupFilter]:
+    """What is asked about a complete group, in order. Raises ConfigError when a function cannot be loaded."""
+    first = [mostly_failed(config.padding.min_share)] if config.padding is not None else []
+    return [*first, *(make_filter(each) for each in config.filters)]
 
 
 def make_strategy(config: DataConfig, data: Data, *, seed: int) -> Strategy:
