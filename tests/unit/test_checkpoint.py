@@ -63,6 +63,8 @@ def test_torn_and_damaged_checkpoints(tmp_path: Path) -> None:
     newest = store.latest()
     assert newest is not None
     assert newest.step == 2
+    store.save(1, {}, {"model": writer("y")})
+    assert not (tmp_path / ".step-000003.tmp").exists(), "what a kill left is removed, whatever step comes next"
     file = newest.model / "data.txt"
     file.write_text("x" * 99 + "y")
     with pytest.raises(CheckpointError, match=r"data\.txt is not what was written"):

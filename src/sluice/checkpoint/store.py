@@ -99,7 +99,8 @@ class CheckpointStore:
         final = self._folder / f"step-{step:06d}"
         torn = self._folder / f".{final.name}.tmp"
         try:
-            shutil.rmtree(torn, ignore_errors=True)
+            for left in self._folder.glob(".step-*.tmp"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             torn.mkdir(parents=True)
             for name, function in write.items():
                 (torn / name).mkdir()

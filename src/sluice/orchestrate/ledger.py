@@ -43,12 +43,17 @@ class Ledger:
     """Entries of the fullest device, and what it has.
 
     A lower bound: activations, logits and what libraries keep are not counted.
+
+    Attributes:
+        snapshot: bytes of host memory that a checkpoint takes while it is written, where the entries are of an
+            accelerator; on a CPU it is among them.
     """
 
     device: str
     total: int
     entries: Sequence[Entry]
     shared: bool
+    snapshot: int = 0
 
     def peak(self) -> tuple[str, int]:
         """The stage with most in it, and its bytes."""
@@ -70,6 +75,8 @@ class Ledger:
             rows.append(f"  while it {stage}: {_gib(sum(entry.size for entry in there))} = {parts}")
         if self.waiting:
             rows.append(f"  in host memory while it {GENERATES}: {_gib(self.waiting)}")
+        if self.snapshot:
+            rows.append(f"  in host memory while a checkpoint is written: {_gib(self.snapshot)}")
         return rows
 
     def refuse_if_too_much(self) -> None:
@@ -78,7 +85,8 @@ class Ledger:
         if most <= self.total:
             return
         parts = ", ".join(f"{e.what} {_gib(e.size)}" for e in self.entries if stage in e.when)
-        hint = "more train.ranks, train.dtype = 'bfloat16', train.lora, a smaller engine or KV cache"
+        hint = "checkpoint.background = false, " if self.device == "cpu" else ""
+        hint += "more train.ranks, train.dtype = 'bfloat16', train.lora, a smaller engine or KV cache"
         raise ConfigError(
             f"{self.device} has {_gib(self.total)}; while it {stage} the run needs {_gib(most)} there: {parts}",
             hint=hint if self.shared else f"placement.colocate = true (engine and trainer take turns); or {hint}",
@@ -107,7 +115,21 @@ def ledger(config: RunConfig, algorithm: Algorithm, model: Path, device: str) ->
         entries.append(Entry("critic, its gradients and moments", size, training, parameters * 12))
     serving = frozenset({GENERATES}) if shared else both
     entries += _engine(config, model, parameters, device, serving)
-    return Ledger(device, devices.total_memory(device), entries, shared)
+    snapshot = _snapshot(config, algorithm, parameters)
+    if device == "cpu" and snapshot:
+        entries.append(Entry("a checkpoint that is being written", snapshot, both))
+    total = devices.total_memory(device)
+    return Ledger(device, total, entries, shared, 0 if device == "cpu" else snapshot)
+
+
+def _snapshot(config: RunConfig, algorithm: Algorithm, parameters: int) -> int:
+    """Bytes of the copy that a checkpoint is written from: weights, float32 masters, moments; the critic's too."""
+    if not config.checkpoint.background:
+        return 0
+    width = WIDTH[config.train.dtype]
+    whole = parameters * (width + 8 + (0 if width == 4 else 4))
+    own = parameters * width if config.train.lora is not None else whole  # adapters are not counted
+    return own + (whole if isinstance(algorithm, ActorCritic) else 0)
 
 
 def _trainer(config: TrainConfig, parameters: int, when: frozenset[str]) -> Iterable[Entry]:
