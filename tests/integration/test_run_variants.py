@@ -75,6 +75,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "two-updates": {"algorithm": {"type": "grpo", "updates_per_batch": 2}},
     "lag-mask": {"data": {"gate": {"max_lag": 1}}, "steps": 4},
     "lag-wait": {"data": {"gate": {"max_lag": 2, "order": "dispatch"}}, "steps": 4},
+    "lag-wait-two-updates": {
+        "data": {"gate": {"max_lag": 2, "order": "dispatch"}}, "algorithm": {"type": "grpo", "updates_per_batch": 2},
+        "steps": 4,
+    },
     "lag-oversample": {"data": {"gate": {"max_lag": 1, "oversample": 1.5}}, "steps": 4},
     "lag-drop": {"data": {"gate": {"max_lag": 1, "on_stale": "drop"}}, "steps": 4},
     "dynamic-sampling": {"data": {"filters": [{"type": "spread"}, {"type": "min_valid"}]}},
@@ -135,6 +139,8 @@ def test_a_run_of_every_kind(name: str, tmp_path: Path) -> None:
     assert not fate.undecided, "no group is sampled that no batch is left for"
     if name == "tensorboard":
         assert list((config.folder / "tensorboard").glob("events.*"))
+    if name.startswith("lag-wait"):
+        assert max(row["gate/lag_max"] for row in rows) == config.data.gate.max_lag
     if name == "two-updates":
         assert {record.step for record in trained} == {2, 4}
     if name == "own-code":

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from sluice.config.algos import AlgorithmConfig, GRPOConfig
 from sluice.config.base import Part
 from sluice.config.critic import PPOConfig
-from sluice.config.data import DataConfig, OnStale
+from sluice.config.data import DataConfig
 from sluice.config.model import ModelConfig
 from sluice.config.obs import ObsConfig
 from sluice.config.offline import refusals
@@ -163,11 +163,6 @@ class RunConfig(Part):
             )
         if not self.data.holds_out and self.evaluation.every:
             raise ValueError("evaluation.every needs held-out prompts: set data.eval or data.eval_prompts")
-        if self.data.gate.effective_on_stale is OnStale.WAIT and updates > 1 and self.data.gate.max_lag:
-            raise ValueError(
-                "gate.on_stale = 'wait' with algorithm.updates_per_batch > 1: each update is a step of lag; "
-                "use gate.on_stale = 'mask_tokens'"
-            )
         return self
 
     @model_validator(mode="after")
