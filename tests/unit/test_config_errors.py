@@ -209,7 +209,7 @@ OTHER = 4
         "r.py:wrong_dict has 2 problems",
         "  data.train: missing (Prompts to train on)  [r.py:wrong_dict()]",
         "  data.trian: unknown key, did you mean 'train'? Valid here: train, eval, eval_prompts, shuffle, strategy, "
-        "filters, gate  [r.py:wrong_dict()]",
+        "filters, padding, gate  [r.py:wrong_dict()]",
     ]
     assert message("r.py:raises") == ("the recipe raised KeyError: 'x'  [r.py:10]\n  → SLUICE_TRACEBACK=1 shows where")
     assert message("r.py:needs").startswith("r.py:needs() needs size: the command line calls a recipe without")
