@@ -14,8 +14,10 @@ import httpx
 from sluice.config.router import RouterConfig
 from sluice.config.sglang import SGLangConfig
 from sluice.errors import EngineError
+from sluice.rollout.engines.sglang.elastic import Growth
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
 from sluice.rollout.engines.sglang.handshake import ROUTES
+from sluice.rollout.engines.sglang.hosting import Here
 from sluice.rollout.engines.sglang.member import Member, Running
 from sluice.types import Version
 from sluice.weights.base import Manifest, TensorInfo
@@ -202,8 +204,9 @@ class FakeRouter:
         self.workers.append(url)
 
     async def remove(self, url: str) -> None:
-        self.events.append(f"remove {url}")
-        self.workers.remove(url)
+        if url in self.workers:
+            self.events.append(f"remove {url}")
+            self.workers.remove(url)
 
     async def ended(self) -> str:
         await self.over.wait()
@@ -238,9 +241,14 @@ class World:
     Args:
         names: the servers.
         owned: started by the fleet, which starts a new one under a new URL when one is lost.
+        growth: it may have more servers, `s1`, `s2`, … by number, or fewer; one alone has no router at first.
+        free: their devices.
     """
 
-    def __init__(self, *names: str, owned: bool = True, roles: tuple[str, ...] = (), **config: Any) -> None:
+    def __init__(
+        self, *names: str, owned: bool = True, roles: tuple[str, ...] = (), growth: bool = False,
+        free: list[str] | None = None, **config: Any,
+    ) -> None:  # fmt: skip
         self.servers: dict[str, FakeServer] = {}
         self.programs: dict[str, Program] = {}
         self.router = FakeRouter(self)
@@ -248,23 +256,38 @@ class World:
         self.started = dict.fromkeys(names, 0)
         self.config = SGLangConfig(**{"sync": "disk", "control_seconds": 5, "request_seconds": 20, **config})
         self.owned = owned
+        self.ready = asyncio.Event()  # cleared while servers are slow to start
+        self.ready.set()
+        self.stillborn: set[str] = set()
         transport = httpx.MockTransport(self.handle)
         self.members = [
             Member(name, role, "same", self.config, self.bring(name, role), owned=owned, transport=transport)
             for name, role in zip(names, roles or ["regular"] * len(names), strict=True)
         ]
+        alone = growth and len(names) == 1
+
+        def another(number: int, devices: str) -> Member:
+            name = f"s{number}"
+            self.started[name] = 0
+            bring = self.bring(name, "regular")
+            return Member(name, "regular", "same", self.config, bring, owned=True, transport=transport, devices=devices)
+
         self.fleet = SGLangFleet(
             self.members,
             self.config,
             RouterConfig(ceiling=1.5, slack=2),
-            spreader=lambda: self.router,
+            spreader=None if alone else lambda: self.router,
             transport=transport,
             progress=self.lines.append,
+            growth=Growth(another, lambda: self.router, Here(), len(names), free) if growth else None,
         )
 
     def bring(self, name: str, role: str) -> Callable[[], Any]:
         async def start() -> Running:
             self.started[name] += 1
+            await self.ready.wait()
+            if name in self.stillborn:
+                raise EngineError(f"{name} ended with exit code 1 while it started")
             url = f"http://{name}:{self.started[name] if self.owned else 1}"
             self.servers.setdefault(url, FakeServer(url, role="null" if role == "regular" else role))
             self.programs[name] = Program()

@@ -43,6 +43,25 @@ def assign(config: RunConfig, device: str) -> RolloutConfig:
     return rollout.model_copy(update={"sglang": rollout.sglang.model_copy(update={"groups": groups})})
 
 
+def spare(config: RunConfig, device: str) -> list[str] | None:
+    """Devices of further servers, a set each, as `devices` of a group names them.
+
+    None where servers take none, or where a cluster places them. Empty where the recipe places its servers by hand,
+    or where an accelerator is shared: there are never more servers than the recipe has.
+    """
+    rollout, visible = config.rollout, devices.visible(device)
+    if device == "cpu" or config.placement.runtime == "ray":
+        return None
+    groups = rollout.sglang.groups
+    named = any(group.devices or group.nodes > 1 for group in groups)
+    if rollout.engine != "sglang" or config.placement.colocate or named or len(visible) <= 1:
+        return []
+    used = sum(group.accelerators * group.engines for group in groups)
+    left = iter(visible[int(device.partition(":")[2] or 0) + config.train.ranks + used :])
+    size = groups[0].accelerators
+    return [",".join(each) for each in zip(*[left] * size, strict=False)]
+
+
 def _take(group: EngineGroup, left: Iterator[str]) -> Iterator[str]:
     for _ in range(group.engines):
         yield ",".join(next(left) for _ in range(group.accelerators))

@@ -16,7 +16,7 @@ from sluice.errors import ConfigError
 from sluice.log.writer import LogWriter
 from sluice.models.build import load_tokenizer
 from sluice.models.chat_template import load_templated
-from sluice.orchestrate.assignment import assign
+from sluice.orchestrate.assignment import assign, spare
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.pool import Apart, Shared
@@ -62,7 +62,7 @@ class InlineRun(Run):
         engine, sink = make_engine(
             assign(config, self._device) if config.placement.runtime == "inline" else config.rollout,
             start, tokenizer, device=self._device, folder=self._folder, tell=self._view.log, hosts=self._hosts,
-            shares=config.placement.colocate,
+            shares=config.placement.colocate, spare=spare(config, self._device),
         )  # fmt: skip
         rollout = await open_rollout(
             stack, config.rollout, engine, tokenizer, folder=self._folder,

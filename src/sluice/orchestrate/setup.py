@@ -170,6 +170,7 @@ def make_engine(
     tell: Callable[[str], None],
     hosts: Hosts | None = None,
     shares: bool = False,
+    spare: Sequence[str] | None = None,
 ) -> tuple[Engine, Sink]:
     """The engine that `rollout.engine` names; it is also the sink of weight updates.
 
@@ -178,15 +179,20 @@ def make_engine(
         tell: told in a line each what servers do while they start, and when one is lost.
         hosts: where servers are started; None takes this host.
         shares: the engine gives its memory up while the trainer computes.
+        spare: devices of servers beyond the recipe's, see `make_fleet`.
     """
     if config.engine == "embedded" and config.embedded.servers:
-        engine = embedded_fleet(config, model=model_folder, folder=folder, device=device, progress=tell, hosts=hosts)
+        engine = embedded_fleet(
+            config, model=model_folder, folder=folder, device=device, progress=tell, hosts=hosts, shares=shares,
+            spare=spare,
+        )  # fmt: skip
     elif config.engine == "embedded":
         engine = embedded_engine(config.embedded, model_folder, tokenizer, device=device)
     elif config.engine == "sglang":
         engine = make_fleet(
-            config, model=model_folder, folder=folder, device=device, progress=tell, hosts=hosts, shares=shares
-        )
+            config, model=model_folder, folder=folder, device=device, progress=tell, hosts=hosts, shares=shares,
+            spare=spare,
+        )  # fmt: skip
     else:
         engine = SGLangEngine(config.engine, config.sglang)
     return engine, engine

@@ -168,6 +168,7 @@ class Room:
 
     def __init__(self, parts: Sequence[Part], *, seconds: float) -> None:
         self._parts = list(parts)
+        self._further: dict[int, Any] = {}  # groups of parts that were asked for later
         hosts = [part for part in parts if part.guest_of is None]
         for kind, word in (("CPU", "CPU cores"), ("GPU", "accelerators")):
             wanted = sum(part.bundle.get(kind, 0.0) for part in hosts)
@@ -189,15 +190,37 @@ class Room:
                 hint="somebody else uses the cluster; wait, or raise placement.ready_seconds",
             ) from error
 
+    def another(self, like: int) -> int:
+        """Ask for the room of one more part, like another one. Returns its number, for `ready` and `place`."""
+        self._parts.append(self._parts[like])
+        number = len(self._parts) - 1
+        self._further[number] = placement_group([self._parts[like].bundle], strategy="PACK")
+        return number
+
+    async def ready(self, number: int) -> None:
+        """Wait until a further part has its room, however long the cluster takes."""
+        await self._further[number].ready()
+
+    def give_back(self, number: int) -> None:
+        """The room of a further part. That of the first parts is kept until `close`."""
+        group = self._further.pop(number, None)
+        if group is not None:
+            remove_placement_group(group)
+
     def place(self, number: int) -> dict[str, Any]:
         """Options of the actor of part `number`."""
         part = self._parts[number]
         guest = part.guest_of is not None
         bundle = part.guest_of if part.guest_of is not None else number
-        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=bundle)
+        group = self._further.get(number)
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=group or self._group, placement_group_bundle_index=0 if group else bundle
+        )
         own = {"num_cpus": 0, "num_gpus": 0} if guest else {"num_cpus": part.cpus, "num_gpus": part.accelerators}
         return {**own, "scheduling_strategy": strategy}
 
     def close(self) -> None:
         """Give it back."""
+        for number in list(self._further):
+            self.give_back(number)
         remove_placement_group(self._group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -16,6 +16,8 @@ from sluice.rollout.engines.sglang.hosting import Launches
 from sluice.rollout.engines.sglang.launch import HOST
 from sluice.rollout.engines.sglang.member import Process, Running
 
+ROOM_SECONDS = 5.0
+"""Until it is told that a further server waits for room."""
 STOP_SECONDS = 30.0
 """To an actor that is asked to end its server, before it is killed with it."""
 
@@ -87,25 +89,27 @@ class RayHosts:
 
     Args:
         room: where the actors go.
-        first: number of the first server's part in it.
+        places: numbers of the parts of it that were reserved for servers.
         tell: told where each server is.
     """
 
-    def __init__(self, room: Room, first: int, tell: Callable[[str], None]) -> None:
+    def __init__(self, room: Room, places: Sequence[int], tell: Callable[[str], None]) -> None:
         self._room = room
-        self._first = first
+        self._reserved = list(places)
+        self._free = list(places)
         self._tell = tell
         self._numbers: dict[str, int] = {}
 
     async def start(self, launcher: Launches[Any], spec: Any) -> Running:
-        """Start a server where there is room for it, again in its old place after a loss.
+        """Start a server where there is room for it, again in its old place after a loss. One for which no room was
+        reserved waits until the cluster has some.
 
         Raises:
             EngineError: it did not come up, or its node was lost meanwhile.
         """
         name = spec if isinstance(spec, str) else spec.name
-        number = self._numbers.setdefault(name, len(self._numbers))
-        actor = ServerActor.options(**self._room.place(self._first + number)).remote()
+        number = self._numbers[name] if name in self._numbers else await self._place(name)
+        actor = ServerActor.options(**self._room.place(number)).remote()
         try:
             host = HOST if len(ray.nodes()) == 1 else str(await actor.address.remote())
             url, bootstrap_port = await actor.start.remote(launcher.on(host), spec)
@@ -120,3 +124,29 @@ class RayHosts:
             raise
         self._tell(f"{name}: at {url}")
         return Running(url, bootstrap_port, RemoteProcess(actor, name))
+
+    def left(self, name: str) -> None:
+        """See `hosting.Hosts`. Room that the run began with is kept for the next one."""
+        number = self._numbers.pop(name, None)
+        if number in self._reserved:
+            self._free.append(number)
+        elif number is not None:
+            self._room.give_back(number)
+
+    async def _place(self, name: str) -> int:
+        if self._free:
+            number = self._numbers[name] = self._free.pop(0)
+            return number
+        number = self._numbers[name] = self._room.another(self._reserved[0])
+        ready = asyncio.ensure_future(self._room.ready(number))
+        try:
+            if not (await asyncio.wait({ready}, timeout=ROOM_SECONDS))[0]:
+                free = ray.available_resources()
+                self._tell(
+                    f"{name}: the cluster has no room for it: free are {free.get('CPU', 0):g} CPU cores and "
+                    f"{free.get('GPU', 0):g} accelerators; it starts when there is"
+                )
+            await ready
+        finally:
+            ready.cancel()
+        return number

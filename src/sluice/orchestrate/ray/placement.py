@@ -85,6 +85,6 @@ def ray_placement(
         room = Room(parts, seconds=config.placement.ready_seconds)
         try:
             trainers = RayTrainers(device, folder, config.threads, room)
-            yield trainers, RayHosts(room, len(ranks), tell)
+            yield trainers, RayHosts(room, range(len(ranks), len(parts)), tell)
         finally:
             room.close()

@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from sluice.config.rollout import RolloutConfig
+from sluice.rollout.engines.sglang.elastic import Growth
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
 from sluice.rollout.engines.sglang.hosting import Here, Hosts
 from sluice.rollout.engines.sglang.launch import HOST, answers
-from sluice.rollout.engines.sglang.make import spreader
+from sluice.rollout.engines.sglang.make import leader, spreader
 from sluice.rollout.engines.sglang.member import Member, Running
 from sluice.rollout.process import ManagedProcess, start_on_port
 from sluice_engine import environments
@@ -82,6 +83,8 @@ def make_fleet(
     device: str,
     progress: Callable[[str], None] | None = None,
     hosts: Hosts | None = None,
+    shares: bool = False,
+    spare: Sequence[str] | None = None,
 ) -> SGLangFleet:
     """The engine of `rollout.embedded.servers` >= 1; see the function of the same name for SGLang.
 
@@ -92,14 +95,20 @@ def make_fleet(
     """
     logs = folder.absolute() / "engines"
     launcher = EmbeddedLauncher(config, model.absolute(), logs, device)
-    names = [f"embedded-{number}" for number in range(config.embedded.servers)]
-    members = [
-        Member(name, "regular", "embedded", config.sglang, partial((hosts or Here()).start, launcher, name), owned=True,
-               model=launcher.model)
-        for name in names
-    ]  # fmt: skip
-    found = spreader(config, members, python_with_router, logs, "")
-    return SGLangFleet(members, config.sglang, config.router, spreader=found, progress=progress)
+    where = hosts or Here()
+
+    def make(number: int, _devices: str) -> Member:
+        name = f"embedded-{number}"
+        start = partial(where.start, launcher, name)
+        return Member(name, "regular", "embedded", config.sglang, start, owned=True, model=launcher.model)
+
+    members = [make(number, "") for number in range(config.embedded.servers)]
+    lead = leader(config, members, python_with_router, logs, "")
+    free = None if spare is None else list(spare)
+    return SGLangFleet(
+        members, config.sglang, config.router, spreader=spreader(config, members, python_with_router, logs, ""),
+        progress=progress, growth=None if shares else Growth(make, lead, where, len(members), free),
+    )  # fmt: skip
 
 
 def python_with_router() -> Path:

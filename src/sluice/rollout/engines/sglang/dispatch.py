@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -67,6 +68,26 @@ class Ground(Protocol):
     async def dispatch(self, request: GenerateRequest, failures: int) -> Dispatch:
         """Where the request goes next; it has failed so often in a row."""
         ...
+
+
+class Slots(asyncio.Semaphore):
+    """Requests in flight at once. Their number may change: fewer are fewer as requests end."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self._count, self._over = count, 0
+
+    def resize(self, count: int) -> None:
+        more, self._count = count - self._count, count
+        self._over += max(0, -more)
+        for _ in range(more):
+            self.release()
+
+    def release(self) -> None:
+        if self._over:
+            self._over -= 1
+        else:
+            super().release()
 
 
 @dataclass(slots=True)

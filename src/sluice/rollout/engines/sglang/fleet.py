@@ -2,15 +2,15 @@
 
 generate ──► Flights ──► Routed ──► router ──► a server         (keys by `Affinity`)
 apply    ──► unit after unit: hold, load, let go                (a unit is swapped as one)
-keepers  ──► one per server: lease, loss, restart, the run's weights, back into routing
+keepers  ──► one per server: lease, loss, restart, the run's weights, back into routing   (held by `Elastic`)
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import httpx
 
@@ -20,14 +20,17 @@ from sluice.errors import CapabilityError, EngineError, Unroutable, WeightsError
 from sluice.rollout.engines.base import Capabilities, GenerateRequest, Generation, Memory, PauseMode
 from sluice.rollout.engines.sglang.affinity import Affinity
 from sluice.rollout.engines.sglang.control import vocabulary
+from sluice.rollout.engines.sglang.elastic import Elastic, Growth
 from sluice.rollout.engines.sglang.flights import Flights
 from sluice.rollout.engines.sglang.handshake import Server, common
-from sluice.rollout.engines.sglang.keeper import keep
 from sluice.rollout.engines.sglang.member import Member, State
 from sluice.rollout.engines.sglang.roster import Fault, Roster, Spreader, all_of
 from sluice.rollout.engines.sglang.routed import Routed
 from sluice.types import Version
 from sluice.weights.base import Published
+
+VACATE_SECONDS = 10.0
+"""For a server to give back what it runs; what comes later is sent elsewhere as it was. Updates wait meanwhile."""
 
 
 class SGLangFleet:
@@ -41,6 +44,7 @@ class SGLangFleet:
         api_key: bearer token of the servers; empty for none.
         transport: replaces the network to the router, for tests.
         progress: told what happens to the fleet, in a line each.
+        growth: what it grows by; None when it stays as it is.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class SGLangFleet:
         api_key: str = "",
         transport: httpx.AsyncBaseTransport | None = None,
         progress: Callable[[str], None] | None = None,
+        growth: Growth | None = None,
     ) -> None:
         self.affinity = Affinity(router.ceiling, router.slack)
         self._config = config
@@ -75,7 +80,7 @@ class SGLangFleet:
         self._seen = 0.0, time.perf_counter()
         self._room = asyncio.Event()  # cleared while the devices are somebody else's
         self._room.set()
-        self._keepers: list[asyncio.Task[None]] = []
+        self.elastic = Elastic(self, self._roster, growth, self._tell)
         self._flights = Flights(
             self, name=self.name, seconds=config.request_seconds, slots=config.max_concurrent * len(members)
         )
@@ -111,18 +116,14 @@ class SGLangFleet:
             except BaseException:
                 await self.close()
                 raise
-            for member in self.members():
-                self._keep(keep(self, member), member.name)
+            self.elastic.begin()
             if self._roster.wire is not None:
-                self._keep(self._keep_router(), "router")
+                self.elastic.keep(self._keep_router(), "router")
         return self._server.capabilities
 
     async def close(self) -> None:
         """End what was started here, in every state; requests in flight get Unroutable."""
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        self._keepers = []
+        await self.elastic.close()
         self._server = None
         self._flights.fail("the engine was closed")
         target, self._target = self._target, None
@@ -130,16 +131,9 @@ class SGLangFleet:
             target.release()
         await asyncio.gather(self._roster.close_router(), *(member.stop() for member in self.members()))
 
-    def _keep(self, keeper: Coroutine[Any, Any, None], name: str) -> None:
-        """A keeper that fails takes the engine with it: nobody would watch over its server."""
-
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and task.exception() is not None:
-                self._flights.fail(f"watching over {name} failed: {task.exception()!r}")
-
-        task = asyncio.create_task(keeper, name=name)
-        task.add_done_callback(ended)
-        self._keepers.append(task)
+    def fail(self, why: str) -> None:
+        """See `elastic.Crew`."""
+        self._flights.fail(why)
 
     async def _keep_router(self) -> None:
         """A router that ended, while it started too, is started again, as often as an engine, and told who serves."""
@@ -332,8 +326,44 @@ class SGLangFleet:
                 faults = await self._roster.swap(unit, [member], self._target)
                 if faults:
                     raise faults[0]
+            again, member.new = "" if member.new else " again", False
+            self._resize()
             await self._settle()
-        self._tell(f"{member.name}: serving again")
+        self._tell(f"{member.name}: serving{again}")
+
+    async def lead(self, make: Callable[[], Spreader]) -> None:
+        """See `elastic.Crew`."""
+        async with self._lock:
+            await self._roster.lead(make)
+            await self._settle()
+        self.elastic.keep(self._keep_router(), "router")
+
+    async def part(self, member: Member) -> None:
+        """See `elastic.Crew`. Turns that end while the router lets go of it end there; the others are cut then."""
+        if member.state is State.SERVING:
+            await self._roster.withdraw(member)
+        async with self._lock:
+            if member.state is State.SERVING:
+                await self._vacate(member)
+            await self._roster.unroute(member, State.AWAY)
+            self._roster.leave(member)
+            self._resize()
+            await self._settle()
+
+    async def _vacate(self, member: Member) -> None:
+        """Bring back the turns that a member runs, tokens included, so far as it answers; by others they go on."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(VACATE_SECONDS):
+                await self._roster.vacate(member)
+                while member.in_flight and member.state is State.SERVING:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+
+    def _resize(self) -> None:
+        there = sum(not member.new for member in self.members())
+        self._flights.slots.resize(self._config.max_concurrent * max(there, 1))
+
+    async def refuse(self, member: Member, why: str) -> None:
+        await self.elastic.refuse(member, why)
 
     async def give_up(self, member: Member, why: str) -> None:
         """A member is not started again."""
@@ -358,6 +388,7 @@ class SGLangFleet:
             "engine/idle_share": 1.0 - (traffic.busy_seconds - busy) / max(now - since, 1e-9),
             "engine/prefix_hit_rate": traffic.hit_rate,
             "engine/rekeyed": float(self.affinity.rekeyed),
+            "engine/servers": float(self.elastic.strength.serving),
             "engine/restarts": float(sum(member.restarts for member in self.members())),
             "engine/resumed_turns": float(traffic.resumed),
             **{f"engine/requests/{name}": float(count) for name, count in sorted(traffic.requests.items())},

@@ -21,7 +21,7 @@ from typing import Any
 
 from sluice.errors import EngineError, Unroutable
 from sluice.rollout.engines.base import Finish, GenerateRequest, Generation
-from sluice.rollout.engines.sglang.dispatch import Dispatch, Ground, Traffic
+from sluice.rollout.engines.sglang.dispatch import Dispatch, Ground, Slots, Traffic
 from sluice.rollout.engines.sglang.handshake import Server, admit
 from sluice.rollout.engines.sglang.messages import Answer, Piece, join, sampling_params
 from sluice.rollout.engines.sglang.wire import LostError
@@ -79,7 +79,7 @@ class Flights:
         self._ground = ground
         self._name = name
         self._seconds = seconds
-        self._slots = asyncio.Semaphore(slots)
+        self.slots = Slots(slots)
         self._flights: dict[str, Flight] = {}
         self._gate = asyncio.Event()
         self._gate.set()
@@ -154,7 +154,7 @@ class Flights:
         flight = self._flights[request.rid] = Flight(request)
         self.count_time()
         try:
-            async with asyncio.timeout(self._seconds), self._slots:
+            async with asyncio.timeout(self._seconds), self.slots:
                 engine = await self._fly(flight, server, max_new_tokens)
         except TimeoutError as error:
             raise EngineError(

@@ -27,9 +27,15 @@ class Hosts(Protocol):
 
     async def start(self, launcher: Launches[Any], spec: Any) -> Running: ...
 
+    def left(self, name: str) -> None:
+        """The server of this name is not coming back."""
+        ...
+
 
 class Here:
     """Every server on this host, as a child of this process."""
 
     async def start(self, launcher: Launches[Any], spec: Any) -> Running:
         return await launcher.start(spec)
+
+    def left(self, name: str) -> None: ...

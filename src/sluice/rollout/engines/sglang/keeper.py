@@ -41,6 +41,23 @@ class Owner(Protocol):
         """It is not started again."""
         ...
 
+    async def refuse(self, member: Member, why: str) -> None:
+        """A newcomer did not come up: it is let go."""
+        ...
+
+
+async def enlist(owner: Owner, member: Member) -> None:
+    """Bring up a newcomer, and watch over it from then on."""
+    member.returning = True
+    try:
+        await member.start()
+        await owner.admit(member)
+    except (EngineError, WeightsError) as error:
+        await owner.refuse(member, str(error.args[0]))
+    else:
+        member.returning = False
+        await keep(owner, member)
+
 
 async def keep(owner: Owner, member: Member) -> None:
     """Watch over one member for as long as the fleet lives, or until it is given up."""

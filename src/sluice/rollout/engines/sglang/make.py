@@ -9,10 +9,11 @@ from pathlib import Path
 from sluice import device as devices
 from sluice.config.rollout import RolloutConfig
 from sluice.errors import ConfigError
+from sluice.rollout.engines.sglang.elastic import Growth
 from sluice.rollout.engines.sglang.engine import api_key
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
 from sluice.rollout.engines.sglang.hosting import Here, Hosts
-from sluice.rollout.engines.sglang.launch import Launcher, Spec, specs
+from sluice.rollout.engines.sglang.launch import Launcher, Spec, further, is_elastic, specs
 from sluice.rollout.engines.sglang.member import Member, Running
 from sluice.rollout.router import Router
 
@@ -26,6 +27,7 @@ def make_fleet(
     progress: Callable[[str], None] | None = None,
     hosts: Hosts | None = None,
     shares: bool = False,
+    spare: Sequence[str] | None = None,
 ) -> SGLangFleet:
     """The engine of `rollout.engine = "sglang"`. `start` starts or finds everything, `close` ends what it started.
 
@@ -37,6 +39,7 @@ def make_fleet(
         progress: told what starts, is lost and comes back, in a line each.
         hosts: where servers are started; None takes this host.
         shares: servers give their memory up while the trainer computes.
+        spare: devices of servers beyond the recipe's, a set each; None when servers take none, or a cluster has them.
 
     Raises:
         ConfigError: the recipe's parts do not fit together.
@@ -46,10 +49,16 @@ def make_fleet(
     build = devices.platform(device) if sglang.build == "auto" else sglang.build
     launcher = Launcher(sglang, model.absolute(), logs, build, config.context_length, progress, shares=shares)
     key = api_key(sglang)
+    growth, where = None, hosts or Here()
     if sglang.urls:
         members = [_attached(url.rstrip("/"), config, key) for url in sglang.urls]
     else:
-        members = [_started(spec, config, launcher, device, hosts or Here()) for spec in specs(sglang)]
+        members = [_started(spec, config, launcher, device, where) for spec in specs(sglang)]
+        if not shares and is_elastic(sglang):
+            growth = Growth(
+                lambda number, on: _started(further(sglang, number, on), config, launcher, device, where),
+                leader(config, members, launcher.python, logs, key), where, len(members), _listed(spare),
+            )  # fmt: skip
     return SGLangFleet(
         members,
         sglang,
@@ -57,7 +66,12 @@ def make_fleet(
         spreader=spreader(config, members, launcher.python, logs, key),
         api_key=key,
         progress=progress,
+        growth=growth,
     )
+
+
+def _listed(spare: Sequence[str] | None) -> list[str] | None:
+    return None if spare is None else list(spare)
 
 
 def _started(spec: Spec, config: RolloutConfig, launcher: Launcher, device: str, hosts: Hosts) -> Member:
@@ -74,6 +88,7 @@ def _started(spec: Spec, config: RolloutConfig, launcher: Launcher, device: str,
         owned=True,
         model=launcher.model,
         device=device if shared else "cpu",
+        devices=spec.devices,
     )
 
 
@@ -98,16 +113,24 @@ def spreader(
     Raises:
         ConfigError: there are several engines and no router is allowed.
     """
-    pairs = any(member.role != "regular" for member in members)
+    make = leader(config, members, python, logs, key)
+    if make is None and len(members) > 1:
+        raise ConfigError(
+            f"{len(members)} engines need a router, but rollout.router.use = 'never'",
+            hint="set rollout.router.use = 'auto'",
+        )
+    if config.router.use == "auto" and len(members) == 1:
+        return None
+    return make
+
+
+def leader(
+    config: RolloutConfig, members: Sequence[Member], python: Callable[[], Path], logs: Path, key: str
+) -> Callable[[], Router] | None:
+    """Makes the router of several servers, see `spreader`; None when the recipe allows none."""
     if config.router.use == "never":
-        if len(members) > 1:
-            raise ConfigError(
-                f"{len(members)} engines need a router, but rollout.router.use = 'never'",
-                hint="set rollout.router.use = 'auto'",
-            )
         return None
-    if config.router.use == "auto" and len(members) == 1 and not pairs:
-        return None
+    pairs = any(member.role != "regular" for member in members)
 
     def make() -> Router:
         return Router(

@@ -60,9 +60,11 @@ class Member:
         bring: starts it, or finds it.
         owned: started here, and started again when it is lost.
         device: where tensors on their way to it lie; see `Control`.
+        devices: accelerators that are its own, as CUDA_VISIBLE_DEVICES names them; empty for none.
+        new: it has joined a fleet that runs, and has not served yet.
         life: counts its incarnations; what was sent to an earlier one is lost.
         in_flight: requests that it is known to be busy with.
-        returning: it was lost and is being brought back.
+        returning: it is being brought up, for the first time or after a loss.
         given_up: it is not brought back any more.
         misses: leases in a row that it did not renew.
         doubted: set to have it looked at now.
@@ -77,6 +79,8 @@ class Member:
     api_key: str = ""
     model: Path | None = None
     device: str = "cpu"
+    devices: str = ""
+    new: bool = False
     transport: httpx.AsyncBaseTransport | None = None
     state: State = State.AWAY
     life: int = 0

@@ -90,21 +90,50 @@ class Roster:
         """Whether the router is there, if there is to be one."""
         return self._make is None or self.wire is not None
 
+    @property
+    def alone(self) -> bool:
+        """Whether requests go straight to the only server."""
+        return self._make is None
+
+    # ── who is there ────────────────────────────────────────────────────────────────────────────────────
+
+    def join(self, member: Member) -> None:
+        """A regular server, not started yet."""
+        self.members.append(member)
+        self.units = units(self.members)
+
+    def leave(self, member: Member) -> None:
+        """One that is out of routing; it may have left already."""
+        self.members = [each for each in self.members if each is not member]
+        self.units = units(self.members)
+
     # ── the router ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def lead(self, make: Callable[[], Spreader]) -> None:
+        """Put a router before what was alone. EngineError when it does not start; then everything is as it was."""
+        try:
+            await self._start_router(make)
+        except BaseException:
+            await self.close_router()
+            raise
+        self._make = make
 
     async def start_router(self) -> None:
         """Start one, if there is to be one, and tell it who serves."""
         if self._make is None:
             return
         await self.close_router()
-        self._spreader = self._make()
+        await self._start_router(self._make)
+
+    async def _start_router(self, make: Callable[[], Spreader]) -> None:
+        self._spreader = make()
         await self._spreader.start()
-        self.wire = Wire(
-            self._spreader.url, api_key=self._api_key, seconds=self._seconds, transport=self._transport, kind="router"
-        )
         for member in self.members:
             if member.state is State.SERVING:
                 await self._route(member)
+        self.wire = Wire(
+            self._spreader.url, api_key=self._api_key, seconds=self._seconds, transport=self._transport, kind="router"
+        )
 
     async def router_ended(self) -> str:
         """Wait until the router ends by itself. Returns why."""
@@ -128,7 +157,16 @@ class Roster:
         """Nothing is sent there any more; what is in flight there is sent elsewhere."""
         served, member.state = member.state is State.SERVING, state
         self._moved(member)
-        if served and self._spreader is not None:
+        if served:
+            await self.withdraw(member)
+
+    async def vacate(self, member: Member) -> None:
+        """What a member runs comes back as tokens."""
+        await self._ask([member], lambda control: control.hold(PauseMode.RECOMPUTE, empty=True))
+
+    async def withdraw(self, member: Member) -> None:
+        """Nothing new is sent to a member. What runs there goes on; the router takes seconds over it."""
+        if self._spreader is not None:
             for fault in filter(None, await faults_of([self._spreader.remove(member.url)])):
                 self._tell(f"router: {said(fault)}")
 

@@ -52,10 +52,11 @@ class Routed:
         self._fleet = fleet
         self._key = key
         self._failures = failures
-        present = [each for each in fleet.members() if each.state is not State.AWAY]
+        self._asked = list(fleet.members())
+        present = [each for each in self._asked if each.state is not State.AWAY]
         self._pauses = {each.name: each.control.num_pauses for each in present}
         self._versions = {each.name: each.control.versions for each in present}  # of the life that was asked
-        self._lives = {each.name: each.life for each in fleet.members()}
+        self._lives = {each.name: each.life for each in self._asked}
         self._told: Member | None = None  # by the router
         self._sent = ""
         if key:
@@ -87,12 +88,20 @@ class Routed:
     @property
     def lost(self) -> bool:
         member = self._member
-        return member is not None and (member.state is not State.SERVING or member.life != self._lives[member.name])
+        life = self._lives.get(member.name) if member is not None else None
+        return member is not None and (member.state is not State.SERVING or member.life != life)
+
+    @property
+    def _everybody(self) -> list[Member]:
+        """Who is in the fleet, and who has left it since the request was sent."""
+        return list(dict.fromkeys([*self._asked, *self._fleet.members()]))
 
     def heard(self, headers: Mapping[str, str]) -> None:
         url = headers.get(WORKER_HEADER, "")
-        found = next((each for each in self._fleet.members() if url and each.url == url), None)
+        found = next((each for each in self._everybody if url and each.url == url), None)
         if found is not None:
+            if found.name not in self._lives and found.state is not State.AWAY:  # it has joined since
+                self._lives[found.name], self._versions[found.name] = found.life, found.control.versions
             self._told = found
             self._count(found)
             if self._sent:
@@ -100,7 +109,7 @@ class Routed:
 
     def cut(self) -> bool:
         """Whether the server that answered has been paused meanwhile; any server, when the router did not tell."""
-        asked = [self._member] if self._member else list(self._fleet.members())
+        asked = [self._member] if self._member else self._everybody
         return any(
             each.state is State.AWAY or each.control.num_pauses > self._pauses.get(each.name, -1) for each in asked
         )
@@ -132,7 +141,7 @@ class Routed:
         again = isinstance(error, LostError) or (isinstance(error, RefusedError) and error.status >= SERVER_ERROR)
         if not again or self._failures >= PATIENCE:
             raise error
-        for member in [self._member] if self._told else self._fleet.members():
+        for member in [self._member] if self._told else self._everybody:
             if member is not None:
                 member.doubted.set()  # its keeper looks at once
         await asyncio.sleep(min(3.0, BACKOFF_SECONDS * 2**self._failures))

@@ -1,0 +1,101 @@
+"""Servers that come and go while they are used: real ones of the embedded engine behind the real router."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from tests.integration.sglang_server import write_tiny_model
+from tests.integration.sglang_weights import Weights
+from tests.integration.test_embedded_servers import SIZES, ask, cmd, fleet, run, until
+
+from sluice.config.rollout import EmbeddedConfig
+from sluice.rollout.engines.base import Generation
+from sluice.rollout.engines.embedded import EmbeddedEngine
+from sluice.rollout.engines.sglang.fleet import SGLangFleet
+from sluice.rollout.engines.sglang.member import Member
+
+pytestmark = pytest.mark.slow
+
+
+async def settled(engine: SGLangFleet) -> None:
+    await until(lambda: not engine.elastic.strength.starting and not engine.elastic.strength.leaving)
+
+
+async def all_busy(engine: SGLangFleet) -> None:
+    """Until every server runs a turn. Those that do not stream are counted at the fleet only when they answer."""
+    async with httpx.AsyncClient(timeout=30) as client:
+        for member in engine.members():
+            while not (await client.get(f"{member.url}/get_load")).json()[0]["num_reqs"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+async def frozen_until_cut(member: Member) -> None:
+    """Its process stands still until the fleet cuts its turns: else they may have ended before."""
+    pid, pauses = member.process.pid, member.control.num_pauses  # type: ignore[union-attr]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        await until(lambda: member.control.num_pauses > pauses)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_one_to_three_to_one_under_turns(tmp_path: Path) -> None:
+    """Every turn is the one that the engine in this process draws, wherever its parts were drawn."""
+    write_tiny_model(tmp_path / "model")
+    weights = Weights(tmp_path / "model", tmp_path / "weights")
+
+    async def body() -> None:
+        told: list[str] = []
+        here = EmbeddedEngine.from_model(weights.model, None, EmbeddedConfig(**SIZES))
+        engine = fleet(tmp_path, 1, told)
+        try:
+            await engine.start()
+            published = weights.publish()
+            await asyncio.gather(engine.apply(published), here.apply(published))
+            turns = [ask(number, tokens=200, routing_key=f"e{number}") for number in range(24)]
+            expected = await asyncio.gather(*(here.generate(each) for each in turns))
+
+            running = asyncio.gather(*(engine.generate(each) for each in turns))
+            engine.elastic.scale(3)
+            await settled(engine)
+            alike(await running, expected)
+            assert engine.elastic.strength.serving == 3
+
+            running = asyncio.gather(*(engine.generate(each) for each in turns))
+            await all_busy(engine)
+            leaving = [member for member in engine.members() if member.name != "embedded-0"]
+            cuts = [asyncio.create_task(frozen_until_cut(member)) for member in leaving]
+            await asyncio.sleep(0)
+            engine.elastic.scale(1)
+            await asyncio.gather(*cuts)
+            await settled(engine)
+            got = await running
+            alike(got, expected)
+            assert [member.name for member in engine.members()] == ["embedded-0"]
+            assert engine.figures()["engine/resumed_turns"] > 0
+            assert {each.engine for each in got} == {"embedded-0"}
+            assert not engine.elastic.faults
+            assert not [line for line in told if "lost" in line]
+            servers = [each for each in psutil.Process().children(recursive=True) if "embedded.server" in
+                       " ".join(cmd(each))]  # fmt: skip
+            assert len(servers) == 1
+        finally:
+            await asyncio.gather(engine.close(), here.close())
+
+    run(body)
+
+
+def alike(got: Sequence[Generation], expected: Sequence[Generation]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)  # recomputed prefixes
+        assert a.spans == b.spans
+        assert a.finish is b.finish
