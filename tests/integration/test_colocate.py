@@ -37,7 +37,7 @@ from sluice.train.backends.torch import TorchTrainer
 pytestmark = pytest.mark.timeout(300)
 __all__ = ["weights"]
 
-OUTSIDE = ("time/", "speed/", "checkpoint/", "engine/", "switch/", "memory/")
+OUTSIDE = ("time/", "speed/", "checkpoint/", "eval/seconds", "engine/", "switch/", "memory/")
 """Metrics of where and how fast, not of what."""
 
 

@@ -25,7 +25,7 @@ from sluice.types import Episode
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["sluice.orchestrate.api"])
 DEADLINE = 240.0
-TIMED = ("time/", "speed/", "checkpoint/")
+TIMED = ("time/", "speed/", "checkpoint/", "eval/seconds")
 
 
 def train(config: dict[str, Any], resume: bool) -> None:

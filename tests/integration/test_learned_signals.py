@@ -30,7 +30,10 @@ PPO = {
 
 def _rows(config: RunConfig) -> list[dict[str, float]]:
     rows = read_metrics(config.folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "checkpoint/"))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "checkpoint/", "eval/seconds"))}
+        for row in rows
+    ]
 
 
 def test_ppo_trains_a_critic_alone_and_then_both(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from sluice.log import ACCOUNTED, LogReader, account
 from sluice.obs.metrics import read_metrics
 from sluice.orchestrate import api
 
-TIMED = ("time/", "speed/", "checkpoint/")
+TIMED = ("time/", "speed/", "checkpoint/", "eval/seconds")
 
 
 def mixed(folder: Path, steps: int) -> RunConfig:

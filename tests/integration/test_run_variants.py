@@ -152,7 +152,7 @@ def test_lag_zero_is_reproducible_to_the_bit(tmp_path: Path) -> None:
     for name in ("one", "two"):
         config = tiny(tmp_path / name, steps=3)
         api.train(config)
-        timed = ("time/", "speed/", "checkpoint/")
+        timed = ("time/", "speed/", "checkpoint/", "eval/seconds")
         rows.append(
             [
                 {k: v for k, v in row.items() if not k.startswith(timed)}

@@ -22,6 +22,7 @@ from sluice.orchestrate import api
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.producer import Producer
 from sluice.orchestrate.recovery import logged_episodes
+from sluice.orchestrate.stall import Stall
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.runners.base import EpisodeRequest
 from sluice.types import (
@@ -135,7 +136,7 @@ def make(
 ) -> Producer:
     return Producer(
         cast("Any", runner), Rubric(configs), cast("Any", spelled or Spelled()), Journal(writer), seed=0,
-        recovered=recovered or {}, may_use=lambda _: True, stall_seconds=20,
+        recovered=recovered or {}, may_use=lambda _: True, stall=Stall(20),
     )  # fmt: skip
 
 

@@ -9,13 +9,14 @@ import pytest
 
 from sluice.errors import EngineError
 from sluice.orchestrate.producer import Producer
+from sluice.orchestrate.stall import Stall
 
 
 def producer(stall_seconds: float) -> Producer:
     """One that only hands over what is finished: its parts are not used for that."""
     none = cast("Any", None)
     return Producer(
-        none, none, none, none, seed=0, recovered={}, may_use=lambda _: True, stall_seconds=stall_seconds
+        none, none, none, none, seed=0, recovered={}, may_use=lambda _: True, stall=Stall(stall_seconds)
     )  # fmt: skip
 
 

@@ -29,6 +29,9 @@ class EvalConfig(Part):
 
     every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 evaluates before and after only."""
+    beside: bool = True
+    """The loop goes on while held-out prompts are answered, and waits for their end before it changes the engine's
+    weights. False waits at once."""
     samples: int = Field(default=1, ge=1)
     """Answers a prompt."""
     sampling: SamplingConfig | None = None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from sluice.errors import EngineError
 from sluice.log.records import EpisodeRecord, EvalRecord
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.producer import Producer
+from sluice.orchestrate.stall import Stall
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.runners.base import EpisodeRequest, Runner, turn_noise
 from sluice.types import Episode, Prompt, SamplingParams, Version
@@ -35,6 +38,7 @@ class EvalResult:
         accuracy: mean over all sampled answers; a verifier or engine failure is left out, never a 0.
         greedy: mean over one greedy answer a prompt; None when not asked for.
         answers: the first prompts' answers, for people.
+        seconds: from the first prompt to the last score. What the loop waited is in the metrics as `time/evaluate`.
         counted, failed: answers in the mean, and answers left out.
         tasks: accuracy, greedy, response_tokens and failed by task, when there are several.
     """
@@ -46,6 +50,7 @@ class EvalResult:
     failed: int
     answers: tuple[Answer, ...]
     tasks: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,7 +62,7 @@ class EvalResult:
     def metrics(self) -> dict[str, float]:
         """By metric name."""
         rows = {"eval/accuracy": self.accuracy, "eval/response_tokens": self.response_tokens}
-        rows["eval/failed"] = float(self.failed)
+        rows |= {"eval/failed": float(self.failed), "eval/seconds": self.seconds}
         if self.greedy is not None:
             rows["eval/greedy"] = self.greedy
         rows |= {f"eval/{task}/{name}": value for task, mine in self.tasks.items() for name, value in mine.items()}
@@ -71,6 +76,7 @@ class Evaluator:
         runner: asks the engine.
         judge: a producer's reward path, with the evaluation's own rubric.
         seed: keys the sampling noise; the same at every evaluation, so that two differ by the weights only.
+        stall: of the runner's engine; told of every answer.
     """
 
     def __init__(
@@ -86,19 +92,26 @@ class Evaluator:
         greedy: bool,
         show: int,
         seed: int,
+        stall: Stall,
     ) -> None:
+        self.stall = stall
         self._runner, self._judge, self._renderer, self._journal = runner, judge, renderer, journal
         self._prompts = prompts
         self._sampling = sampling
         self._samples, self._greedy, self._show, self._seed = samples, greedy, show, seed
 
     async def __call__(self, step: int, version: Version) -> EvalResult:
-        """Answer and score every prompt; log episodes and the result."""
-        sampled = await self._measure(f"eval-{step:06d}", self._sampling, self._samples)
+        """Answer and score every prompt; log episodes and the result. Nobody changes the weights meanwhile.
+
+        Raises:
+            EngineError: an answer is of other weights than `version`. Failures of the runner are raised as they are.
+        """
+        began = time.monotonic()
+        sampled = await self._measure(f"eval-{step:06d}", version, self._sampling, self._samples)
         greedy: list[tuple[Episode, float | None]] | None = None
         if self._greedy:
             once = replace(self._sampling, temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0)
-            greedy = await self._measure(f"greedy-{step:06d}", once, 1)
+            greedy = await self._measure(f"greedy-{step:06d}", version, once, 1)
         first = sampled[:: self._samples][: self._show]
         whole = _figures(sampled, greedy)
         names = sorted({prompt.task for prompt in self._prompts})
@@ -112,24 +125,36 @@ class Evaluator:
             tasks={name: _figures(_of_task(sampled, name), greedy and _of_task(greedy, name)) for name in names}
             if len(names) > 1
             else {},
+            seconds=round(time.monotonic() - began, 3),
         )
         await self._journal.write(EvalRecord(step, version, result.metrics(), tuple(e.id for e, _ in sampled)))
         return result
 
-    async def _measure(self, group: str, sampling: SamplingParams, samples: int) -> list[tuple[Episode, float | None]]:
+    async def _measure(
+        self, group: str, version: Version, sampling: SamplingParams, samples: int
+    ) -> list[tuple[Episode, float | None]]:
+        """Every prompt's answers. At the first failure, or when cancelled, nothing is left running."""
         jobs = [
-            self._one(f"{group}.{prompt.id}.{sample}", group, prompt, sampling, sample)
+            asyncio.ensure_future(self._one(group, version, prompt, sampling, sample))
             for prompt in self._prompts
             for sample in range(samples)
         ]
-        return await asyncio.gather(*jobs)
+        try:
+            return await asyncio.gather(*jobs)
+        finally:
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
 
     async def _one(
-        self, id: str, group: str, prompt: Prompt, sampling: SamplingParams, sample: int
+        self, group: str, version: Version, prompt: Prompt, sampling: SamplingParams, sample: int
     ) -> tuple[Episode, float | None]:
+        id = f"{group}.{prompt.id}.{sample}"
         noise = turn_noise(self._seed, "eval", prompt.id, sample)
         episode = await self._runner.run(EpisodeRequest(id, group, prompt, sampling, noise, measured=True))
+        self.stall.finished()
         await self._journal.write(EpisodeRecord(episode))
+        _check_version(episode, version)
         if not episode.outcome.counts:
             return episode, None
         episode, reward = await self._judge.judge(episode)
@@ -139,6 +164,15 @@ class Evaluator:
         question = next((m.content for m in reversed(episode.prompt.messages) if m.role == "user"), "")
         response = "".join(self._renderer.text(turn.ids) for turn in episode.sampled_turns())
         return Answer(question, episode.prompt.answer, response, score if score is not None else float("nan"))
+
+
+def _check_version(episode: Episode, version: Version) -> None:
+    others = {span.version for turn in episode.sampled_turns() for span in turn.spans} - {version}
+    if others:
+        raise EngineError(
+            f"{episode.id} was to be answered by version {version}; the engine answered with {min(others)}",
+            hint="an engine may be out of step, or somebody else gives it weights; look at its log, then `--resume`",
+        )
 
 
 def _of_task(scored: Sequence[tuple[Episode, float | None]], task: str) -> list[tuple[Episode, float | None]]:

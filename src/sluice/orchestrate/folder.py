@@ -33,7 +33,8 @@ from sluice.log.lock import FolderLock
 
 MAY_CHANGE = (
     "steps", "runs_dir", "device", "threads", "offline", "allow_hosts", "checkpoint", "obs", "limits", "log",
-    "evaluation.every", "evaluation.show", "rollout.engine", "rollout.sglang", "rollout.router", "rollout.embedded",
+    "evaluation.every", "evaluation.show", "evaluation.beside", "rollout.engine", "rollout.sglang", "rollout.router",
+    "rollout.embedded",
     "rollout.gateway.host", "rollout.gateway.port", "rollout.gateway.owner_key_env", "rollout.gateway.idle_seconds",
     "rollout.gateway.max_sessions", "rollout.gateway.body_bytes", "rollout.gateway.retry_after_seconds",
     "rollout.runner.parallel", "rollout.runner.keep", "train.micro_batch_tokens",

@@ -33,6 +33,7 @@ from sluice.orchestrate.setup import (
     make_strategy,
     require,
 )
+from sluice.orchestrate.stall import Stall
 from sluice.rewards.means import Means
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.engines.embedded import EmbeddedEngine
@@ -73,11 +74,12 @@ class InlineRun(Run):
         pool = Shared(engine, sink, self._timer, self._device) if config.placement.colocate else Apart(sink)
         await pool.vacate()
         gate = Gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
+        stall = Stall(config.limits.stall_seconds)
 
         def produce(recovered: dict[str, Recovered]) -> Producer:
             return Producer(
                 rollout.runner, self._rubric, rollout.chat, journal, seed=config.seed, recovered=recovered,
-                may_use=self._may_use(lineage, gate), stall_seconds=config.limits.stall_seconds,
+                may_use=self._may_use(lineage, gate), stall=stall,
             )  # fmt: skip
 
         return Supply(
@@ -87,7 +89,7 @@ class InlineRun(Run):
             filters=make_filters(config.data),
             pool=pool,
             produce=produce,
-            evaluator=make_evaluator(stack, config, rollout, journal, data) if data.held_out else None,
+            evaluator=make_evaluator(stack, config, rollout, journal, data, stall) if data.held_out else None,
             elsewhere=not isinstance(engine, EmbeddedEngine),
             figures=engine.figures if isinstance(engine, SGLangFleet) else dict,
             tasks=data.tasks,
@@ -95,9 +97,9 @@ class InlineRun(Run):
 
 
 def make_evaluator(
-    stack: AsyncExitStack, config: RunConfig, rollout: Rollout, journal: Journal, data: Data
+    stack: AsyncExitStack, config: RunConfig, rollout: Rollout, journal: Journal, data: Data, stall: Stall
 ) -> Evaluator:
-    """The evaluator of a recipe, with the evaluation's own rewards and sampling."""
+    """The evaluator of a recipe, with the evaluation's own rewards and sampling; `stall` is that of its engine."""
     require(data.held_out, "held-out prompts")
     chosen = config.evaluation
     rubric = Rubric(chosen.rewards or config.rewards, Means(Sandbox))
@@ -106,12 +108,12 @@ def make_evaluator(
     rubric.check_prompts(data.held_out)
     judge = Producer(
         rollout.runner, rubric, rollout.chat, journal, seed=config.seed, recovered={}, may_use=lambda version: True,
-        stall_seconds=config.limits.stall_seconds,
+        stall=stall,
     )  # fmt: skip
     sampling = (chosen.sampling or config.rollout.sampling).params(eos=rollout.chat.eos)
     return Evaluator(
         rollout.runner, judge, rollout.chat, journal, data.held_out, sampling=sampling, samples=chosen.samples,
-        greedy=chosen.greedy, show=chosen.show, seed=config.seed,
+        greedy=chosen.greedy, show=chosen.show, seed=config.seed, stall=stall,
     )  # fmt: skip
 
 
@@ -135,7 +137,8 @@ async def evaluate_model(config: RunConfig, model: Path | None, tell: Callable[[
         rollout = await open_rollout(
             stack, here, engine, tokenizer, folder=scratch, template_kwargs=config.model.chat_template_kwargs, tell=tell
         )
-        return await make_evaluator(stack, config, rollout, Journal(writer), data)(0, Version(0))
+        evaluator = make_evaluator(stack, config, rollout, Journal(writer), data, Stall(config.limits.stall_seconds))
+        return await evaluator(0, Version(0))
 
 
 def facts(config: RunConfig, data: Data, device_name: str) -> dict[str, str]:

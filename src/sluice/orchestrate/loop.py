@@ -16,14 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sluice.algos.base import Algorithm
 from sluice.config.run import RunConfig
 from sluice.data.buffer import Buffer, Dropped
 from sluice.data.gate import Gate, Judgement
 from sluice.data.padding import pad
-from sluice.errors import EngineError, RewardError, TrainError
 from sluice.log.records import CheckpointRecord, Disposition, DispositionRecord, GroupRecord, VersionRecord
 from sluice.obs.metrics import MetricSink
 from sluice.obs.timing import PhaseTimer
@@ -40,29 +38,16 @@ from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.fates import disposition, with_advantages
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
+from sluice.orchestrate.limits import check_infrastructure, check_mismatch
+from sluice.orchestrate.measuring import Measuring
 from sluice.orchestrate.pool import Pool
 from sluice.orchestrate.producer import Producer
+from sluice.orchestrate.progress import Progress
 from sluice.orchestrate.saver import Saver, snapshots
 from sluice.train.base import Critic, StepStats, Trainer
-from sluice.types import Group, Outcome, Scored, Version
+from sluice.types import Group, Scored, Version
 from sluice.weights.lineage import Lineage
 from sluice.weights.store import WeightStore
-
-
-@dataclass(slots=True)
-class Progress:
-    """Counters of a run that live across checkpoints."""
-
-    batch: int = 0
-    step: int = 0
-    rollout_tokens: int = 0
-    trained_tokens: int = 0
-    rollout_seconds: float = 0.0
-    train_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    mismatch_sum: float = 0.0
-    mismatch_steps: int = 0
-    before: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +83,7 @@ class Loop:
         self._parts = parts
         self.progress = progress
         self._dropped: list[Dropped] = []
-        self.evaluations: dict[int, EvalResult] = {}
+        self._measuring = Measuring(parts.evaluator, progress, parts.view, parts.sinks)
 
     async def run(self) -> None:
         """Train `config.steps` batches, evaluating and checkpointing on the way."""
@@ -112,12 +97,13 @@ class Loop:
             every = config.evaluation.every
             last = self.progress.batch == config.steps
             if parts.evaluator and (last or (every and self.progress.batch % every == 0)):
-                metrics |= (await self.evaluate()).metrics()
+                await self.evaluate(wait=last)
             self._emit(metrics)
             period = config.checkpoint.every
             if last or (period and self.progress.batch % period == 0):
                 await self.checkpoint()
             await parts.saver.look()
+        await self._measured()
         with self._phase("checkpoint"):
             await parts.saver.settle()
 
@@ -129,18 +115,40 @@ class Loop:
             published = await parts.beside(parts.store.publish, parts.trainer, self.progress.step)
             born = published.manifest
             await parts.journal.write(*records, VersionRecord(born.version, born.parent, born.checksum))
+        await self._measured()
+        with self._phase("publish"):
             await parts.pool.serve(published)
         return born.version
 
-    async def evaluate(self) -> EvalResult:
-        """Measure the weights in use on the held-out prompts."""
-        parts = self._parts
-        assert parts.evaluator is not None  # callers ask only when there are held-out prompts
-        with self._phase("evaluate"):
-            result = await parts.evaluator(self.progress.step, self._in_use())
-        self.evaluations[self.progress.batch] = result
-        parts.view.evaluation(self.progress.batch, result.metrics())
-        return result
+    async def evaluate(self, *, wait: bool) -> None:
+        """Begin to measure the weights in use on the held-out prompts; they are in use until that has ended.
+
+        Args:
+            wait: return when it has ended; always so unless `evaluation.beside`.
+        """
+        self._measuring.begin(self._in_use())
+        if wait or not self._config.evaluation.beside:
+            await self._measured()
+
+    async def close(self) -> None:
+        """End what is under way."""
+        await self._measuring.close()
+
+    async def _measured(self) -> None:
+        """Returns when no evaluation is under way: the version in use may change. Raises what one failed with."""
+        if self._measuring.under_way:
+            with self._phase("evaluate"):
+                await self._measuring.settle()
+
+    async def measured(self) -> EvalResult:
+        """The evaluation of the weights in use, measured now."""
+        await self.evaluate(wait=True)
+        return self.evaluations[self.progress.batch]
+
+    @property
+    def evaluations(self) -> Mapping[int, EvalResult]:
+        """By batch, those of this process."""
+        return self._measuring.results
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -157,7 +165,7 @@ class Loop:
         self._dropped = []
         self._dispatch()
         while not parts.buffer.ready():
-            scored = await parts.producer.next()
+            scored = await self._measuring.unless_failed(parts.producer.next())
             dropped = parts.buffer.add(scored)
             if dropped:
                 await self._record_drops(dropped)
@@ -187,7 +195,7 @@ class Loop:
 
     async def _train(self, groups: list[Group]) -> dict[str, float]:
         parts, progress = self._parts, self.progress
-        self._check_infrastructure(groups)
+        check_infrastructure(groups, self._config.limits)
         step = progress.step + parts.algorithm.updates_per_batch
         judged, dispositions, verdicts = self._judge(groups, step)
         several = len(parts.tasks) > 1
@@ -195,6 +203,8 @@ class Loop:
         if self._config.data.padding is not None:
             judged, whole = [pad(group) for group in judged], judged
             padding = padding_metrics(whole, judged, by_task=several)
+        if self._config.placement.colocate:
+            await self._measured()  # the engine is about to be drained
         await parts.pool.train()
         with self._phase("score"):
             scored = await parts.beside(parts.learner.score, judged)
@@ -212,7 +222,7 @@ class Loop:
             metrics |= task_metrics(groups, self._dropped, verdicts)
         metrics["version/step"], metrics["version/attempt"] = version
         self._count(groups, stats)
-        self._check_mismatch(metrics)
+        check_mismatch(metrics, self._config.limits)
         return metrics
 
     def _judge(
@@ -246,27 +256,6 @@ class Loop:
         assert version is not None  # activated before the loop starts
         return version
 
-    def _check_infrastructure(self, groups: list[Group]) -> None:
-        members = [member.episode for group in groups for member in group.members]
-        failed = [episode for episode in members if episode.outcome is Outcome.INFRA_FAILURE]
-        if members and len(failed) / len(members) > self._config.limits.max_infra_failures:
-            kind = RewardError if failed[0].info.get("failed_in") == "reward" else EngineError
-            raise kind(
-                f"{len(failed)} of {len(members)} episodes of this batch are infra failures, the first because: "
-                f"{failed[0].reason}",
-                hint="mend that and `--resume`; limits.max_infra_failures sets how many are tolerated",
-            )
-
-    def _check_mismatch(self, metrics: Mapping[str, float]) -> None:
-        mismatch, limit = metrics.get("mismatch/mean_abs", 0.0), self._config.limits.max_mismatch
-        if metrics["gate/lag_max"] == 0 and mismatch > limit:
-            raise TrainError(
-                f"engine and trainer disagree by {mismatch:.3g} nats a token on average, although both are at "
-                f"the same version; the limit is {limit:g}",
-                hint="the engine may serve other weights, another precision or another temperature than the "
-                "trainer assumes; limits.max_mismatch sets the ceiling",
-            )
-
     def _count(self, groups: list[Group], stats: list[StepStats]) -> None:
         progress, timer = self.progress, self._parts.timer
         progress.rollout_tokens += sum(m.episode.num_sampled_tokens for g in groups for m in g.members)
@@ -287,9 +276,8 @@ class Loop:
         metrics["speed/train_tokens_per_second"] = progress.trained_tokens / seconds[1]
         metrics |= {f"time/{name}": value for name, value in parts.timer.lap().items()}
         metrics |= {**parts.figures(), **parts.pool.figures(), **parts.saver.figures()}
-        for sink in parts.sinks:
-            sink.write(progress.batch, metrics)
         parts.view.step(progress.batch, metrics)
+        self._measuring.row(progress.batch, metrics)
 
     async def checkpoint(self) -> None:
         """Begin to write everything that a resumed run needs, as it is now; what was begun before is finished first."""

@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sluice.errors import EngineError
 from sluice.log.records import Disposition, DispositionRecord, EpisodeRecord, FaultRecord, RewardRecord
 from sluice.orchestrate.comparing import Member, Table, failed
 from sluice.orchestrate.journal import Journal
+from sluice.orchestrate.stall import Stall
 from sluice.rewards.base import VerifierFailure
 from sluice.rewards.rubric import Response, Rubric
 from sluice.rollout.chat.renderer import ChatRenderer
@@ -43,7 +43,7 @@ class Producer:
         seed: of the run; with prompt, group and sample it keys the sampling noise.
         recovered: episodes of an interrupted run by id; used instead of generating them again.
         may_use: whether a recovered episode's version still belongs to the run; see `Lineage.in_line`.
-        stall_seconds: deadline of `next`.
+        stall: deadline of `next`.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Producer:
         seed: int,
         recovered: Mapping[str, Recovered],
         may_use: Callable[[Version], bool],
-        stall_seconds: float,
+        stall: Stall,
     ) -> None:
         self._runner, self._rubric, self._renderer, self._journal = runner, rubric, renderer, journal
         self._seed = seed
         self._recovered = dict(recovered)
         self._may_use = may_use
-        self._stall_seconds = stall_seconds
+        self._stall = stall
         self._tasks: set[asyncio.Task[Scored]] = set()
         self._finished: asyncio.Queue[asyncio.Task[Scored]] = asyncio.Queue()
 
@@ -84,6 +84,7 @@ class Producer:
     def _done(self, task: asyncio.Task[Scored]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
+            self._stall.finished()
             self._finished.put_nowait(task)
 
     async def next(self) -> Scored:
@@ -92,14 +93,8 @@ class Producer:
         Raises:
             EngineError: nothing finished within the deadline. Any failure of an episode is raised as it is.
         """
-        try:
-            async with asyncio.timeout(self._stall_seconds):  # wait_for of 3.11 may swallow a Ctrl-C
-                task = await self._finished.get()
-        except TimeoutError as error:
-            raise EngineError(
-                f"no episode has finished for {self._stall_seconds:.0f} s; {self.running} are under way",
-                hint="look at the engine's log; limits.stall_seconds sets this deadline",
-            ) from error
+        async with self._stall.deadline(lambda: f"{self.running} are under way"):
+            task = await self._finished.get()
         return task.result()
 
     async def _episode(self, request: GroupRequest, sample: int) -> Scored:

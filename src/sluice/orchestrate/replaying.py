@@ -22,6 +22,7 @@ from sluice.orchestrate.replay import (
 )
 from sluice.orchestrate.run import Run, Supply
 from sluice.orchestrate.setup import Data
+from sluice.orchestrate.stall import Stall
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.weights.lineage import Lineage
@@ -49,7 +50,7 @@ class ReplayRun(Run):
         def produce(recovered: dict[str, Recovered]) -> Producer:
             return ReplayProducer(
                 Recording(groups, lineage), Rubric(()), renderer, journal, seed=config.seed, recovered=recovered,
-                may_use=self._may_use(lineage, gate), stall_seconds=config.limits.stall_seconds,
+                may_use=self._may_use(lineage, gate), stall=Stall(config.limits.stall_seconds),
             )  # fmt: skip
 
         return Supply(

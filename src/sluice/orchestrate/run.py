@@ -34,10 +34,11 @@ from sluice.orchestrate.folder import digest
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
 from sluice.orchestrate.ledger import ledger
-from sluice.orchestrate.loop import Loop, Parts, Progress
+from sluice.orchestrate.loop import Loop, Parts
 from sluice.orchestrate.placement import Placement
 from sluice.orchestrate.pool import Pool
 from sluice.orchestrate.producer import Producer, Recovered
+from sluice.orchestrate.progress import Progress
 from sluice.orchestrate.recovery import alive_episodes, alive_requests, first_alive, logged_episodes, logged_versions
 from sluice.orchestrate.saver import Saver
 from sluice.orchestrate.setup import Data, initial_model, load_data, make_critic, total_updates
@@ -145,10 +146,12 @@ class Run(ABC):
                 algorithm=algorithm,
                 learner=Learner(trainer, algorithm, critic, micro_batch_tokens=config.train.micro_batch_tokens),
                 buffer=buffer, gate=supply.gate, lineage=lineage, store=WeightStore(folder / "weights", start, lineage),
-                saver=saver, journal=journal, sinks=self._sinks(stack, progress.batch), view=self._view,
+                saver=saver, journal=journal, sinks=self._sinks(stack, progress.rows), view=self._view,
                 timer=self._timer, beside=beside, figures=supply.figures, tasks=supply.tasks,
             )  # fmt: skip
-            return await self._drive(Loop(config, parts, progress), parts, fresh=checkpoint is None)
+            loop = Loop(config, parts, progress)
+            stack.push_async_callback(loop.close)
+            return await self._drive(loop, parts, fresh=checkpoint is None)
 
     async def _drive(self, loop: Loop, parts: Parts, *, fresh: bool) -> Summary:
         """Run, and leave the first failure in the log with where it happened, its traceback included."""
@@ -166,15 +169,14 @@ class Run(ABC):
         await loop.publish()
         if not fresh:
             self._renew(parts)
+        if parts.evaluator and (fresh or loop.progress.held is not None):
+            await loop.evaluate(wait=False)
         if fresh:
-            if parts.evaluator:
-                loop.progress.before = (await loop.evaluate()).to_json()
             await loop.checkpoint()
         await loop.run()
         before = EvalResult.from_json(loop.progress.before) if loop.progress.before else None
         after = loop.evaluations.get(loop.progress.batch, before if self._config.steps == 0 else None)
-        if after is None and parts.evaluator:
-            after = await loop.evaluate()
+        after = await loop.measured() if after is None and parts.evaluator else after
         summary = self._summary(loop, before, after)
         summary.write(self._folder / "summary.json")
         if before and after:
@@ -268,7 +270,7 @@ class Run(ABC):
                 for each in left
             ))  # fmt: skip
 
-    def _sinks(self, stack: AsyncExitStack, batch: int) -> list[MetricSink]:
+    def _sinks(self, stack: AsyncExitStack, rows: int) -> list[MetricSink]:
         config = self._config
         sinks, close = open_sinks(
             config.obs, self._folder, name=config.name, settings=config.model_dump(mode="json"), resume=self._resume,
@@ -277,7 +279,7 @@ class Run(ABC):
         stack.callback(close)
         for sink in sinks:
             if self._resume:
-                sink.truncate_after(batch)
+                sink.truncate_after(rows)
         return sinks
 
     def _summary(self, loop: Loop, before: EvalResult | None, after: EvalResult | None) -> Summary:
