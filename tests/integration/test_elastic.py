@@ -5,18 +5,30 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+from benchmarks.chaos_log import lags
 from tests.integration.sglang_server import write_tiny_model
 from tests.integration.sglang_weights import Weights
 from tests.integration.test_embedded_servers import SIZES, ask, cmd, fleet, run, until
+from tests.tiny import tiny
 
 from sluice.config.rollout import EmbeddedConfig
+from sluice.config.run import RunConfig
+from sluice.errors import ConfigError
+from sluice.log import ACCOUNTED, Kind, LogReader, account
+from sluice.obs.metrics import read_metrics
+from sluice.obs.view import NullView
+from sluice.orchestrate import api, control
+from sluice.orchestrate.control import Standing
 from sluice.rollout.engines.base import Generation
 from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
@@ -99,3 +111,85 @@ def alike(got: Sequence[Generation], expected: Sequence[Generation]) -> None:
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)  # recomputed prefixes
         assert a.spans == b.spans
         assert a.finish is b.finish
+
+
+GATE = '''
+import asyncio, pathlib
+calls = 0
+
+
+async def gated(prompt, answer):
+    """A coin; from some calls on it waits for a file, so that the run does not end before it was scaled."""
+    global calls
+    calls += 1
+    for after, name in ((40, "three"), (200, "two")):
+        while calls > after and not (pathlib.Path({folder!r}) / name).exists():
+            await asyncio.sleep(0.05)
+    return float(len(answer) % 2)
+'''
+
+
+def scaled_while_it_trains(config: RunConfig) -> list[float]:
+    """Run a recipe with `gated` rewards from one server to three to two. Returns how many served, batch by batch."""
+    failed: list[BaseException] = []
+
+    def drive() -> None:
+        try:
+            api.train(config, view=NullView())
+        except BaseException as error:  # noqa: BLE001  (raised below)
+            failed.append(error)
+
+    folder, thread = config.folder, Thread(target=drive)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 240
+        while (found := Standing.read(folder)) is None or not found.serving:
+            assert thread.is_alive(), failed
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert str(control.standing(folder)) == "1 of 1 servers serve"
+        assert control.scale(folder, 3, seconds=240).serving == 3
+        (folder.parent / "three").touch()
+        while not any(row["engine/servers"] == 3 for row in read_metrics(folder / "metrics.jsonl")):
+            assert thread.is_alive(), failed
+            time.sleep(0.1)
+        assert control.scale(folder, 2, seconds=240).serving == 2  # while it trains on what three draw
+    finally:
+        for name in ("three", "two"):
+            (folder.parent / name).touch()
+        thread.join(400)
+    assert not thread.is_alive()
+    assert not failed
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, config.steps + 1))
+    log = LogReader(folder / "log")
+    assert max(lags(log.read(kinds=(Kind.VERSION, Kind.EPISODE, Kind.DISPOSITION)), 2)) <= 2
+    fate = account(log.read(kinds=ACCOUNTED))
+    assert fate.complete, "an episode was lost, trained twice or drawn twice"
+    assert not list(log.read(kinds=(Kind.FAULT,)))
+    with pytest.raises(ConfigError, match="no run is under way"):
+        control.standing(folder)
+    return [row["engine/servers"] for row in rows]
+
+
+def gated(folder: Path, **changes: Any) -> RunConfig:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gate.py").write_text(GATE.format(folder=str(folder / "runs")))
+    base: dict[str, Any] = {
+        "rewards": [{"type": "python", "path": f"{folder / 'gate.py'}:gated", "seconds": 300}],
+        "rollout": {"embedded": {"servers": 1}},
+        "data": {"gate": {"max_lag": 2}},
+        "evaluation": {"every": 0},
+        "steps": 20,
+    }
+    return tiny(folder, **{**base, **changes})
+
+
+def test_a_run_is_scaled_while_it_trains(tmp_path: Path) -> None:
+    """From one server to three to two by the command's own function: nothing lost, the bound on lag kept."""
+    config = gated(tmp_path)
+    served = scaled_while_it_trains(config)
+    assert served[0] == 1
+    assert served[-1] == 2
+    assert 3 in served
+    assert (config.folder / "engines" / "embedded-2.log").exists()

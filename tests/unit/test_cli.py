@@ -19,7 +19,7 @@ from sluice.errors import EngineError, RewardError
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = (
     "", "train", "sft", "dpo", "eval", "generate", "episodes", "report", "export", "doctor", "config", "config show",
-    "config schema", "serve", "models", "models fetch", "engines", "engines install", "engines list",
+    "config schema", "serve", "scale", "models", "models fetch", "engines", "engines install", "engines list",
 )  # fmt: skip
 RECIPE = """
 name = "small"

@@ -15,14 +15,14 @@ from typing import Any
 from typer.exceptions import TyperException
 
 # isort: off
-from sluice.cli import running, reading, installing
+from sluice.cli import running, steering, reading, installing
 
 # isort: on
 from sluice.cli.app import app, fail
 from sluice.errors import SluiceError
 from sluice.nearest import nearest
 
-__all__ = ["app", "installing", "main", "reading", "run", "running"]
+__all__ = ["app", "installing", "main", "reading", "run", "running", "steering"]
 
 
 def _usage_message(error: TyperException) -> str:

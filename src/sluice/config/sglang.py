@@ -103,6 +103,12 @@ class SGLangConfig(Part):
     max_concurrent: int = Field(default=256, ge=1)
     """Requests in flight at a server."""
 
+    @property
+    def uniform(self) -> bool:
+        """Whether the servers to start are of one kind, on a host each, so that there may be more or fewer of them."""
+        group = self.groups[0]
+        return not self.urls and len(self.groups) == 1 and group.role == "regular" and group.nodes == 1
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         roles = {group.role for group in self.groups}

@@ -36,3 +36,19 @@ class FolderLock:
 
     def release(self) -> None:
         os.close(self._descriptor)
+
+
+def holder(folder: Path) -> str | None:
+    """Who holds the lock of a log's folder, `process PID on HOST`; None when nobody does. Nothing is written."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "a process"
+    else:
+        return None
+    finally:
+        os.close(descriptor)

@@ -7,6 +7,7 @@ runs/NAME/
     report.html         written at the end, and by `sluice report`
     agents/             logs of agent programs, an episode each (runner `command`)
     engines/            logs of servers and the router that were started here
+    control/            how many servers there are, and a wish for another number (`sluice scale`)
     ranks/              logs of trainer ranks (`train.ranks`)
     log/                the durable episode log (`sluice episodes runs/NAME`)
     checkpoints/        atomic, newest last

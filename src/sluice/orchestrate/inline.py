@@ -22,6 +22,7 @@ from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.pool import Apart, Shared
 from sluice.orchestrate.producer import Producer, Recovered
 from sluice.orchestrate.run import Run, Supply
+from sluice.orchestrate.scaling import Scaler
 from sluice.orchestrate.serving import Rollout, open_rollout
 from sluice.orchestrate.setup import (
     Data,
@@ -70,6 +71,8 @@ class InlineRun(Run):
             template_kwargs=config.model.chat_template_kwargs, tell=self._view.log,
             beside=(*config.rewards, *(config.evaluation.rewards or ())),
         )  # fmt: skip
+        if isinstance(engine, SGLangFleet) and engine.elastic.growth is not None:
+            Scaler(self._folder, engine.elastic, journal, self._view.log).open(stack)
         check_prompts(rollout.runner, data, config.rollout.sampling.max_new_tokens)
         pool = Shared(engine, sink, self._timer, self._device) if config.placement.colocate else Apart(sink)
         await pool.vacate()

@@ -74,11 +74,6 @@ def specs(config: SGLangConfig) -> list[Spec]:
     return found
 
 
-def is_elastic(config: SGLangConfig) -> bool:
-    """Whether the servers of the recipe are of one kind, on a host each, so that there may be more or fewer of them."""
-    return len(config.groups) == 1 and config.groups[0].role == "regular" and config.groups[0].nodes == 1
-
-
 def further(config: SGLangConfig, number: int, devices: str) -> Spec:
     """A server beyond the recipe's, like them."""
     return Spec(f"regular-{number}", config.groups[0], devices)

@@ -13,7 +13,7 @@ from sluice.rollout.engines.sglang.elastic import Growth
 from sluice.rollout.engines.sglang.engine import api_key
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
 from sluice.rollout.engines.sglang.hosting import Here, Hosts
-from sluice.rollout.engines.sglang.launch import Launcher, Spec, further, is_elastic, specs
+from sluice.rollout.engines.sglang.launch import Launcher, Spec, further, specs
 from sluice.rollout.engines.sglang.member import Member, Running
 from sluice.rollout.router import Router
 
@@ -54,7 +54,7 @@ def make_fleet(
         members = [_attached(url.rstrip("/"), config, key) for url in sglang.urls]
     else:
         members = [_started(spec, config, launcher, device, where) for spec in specs(sglang)]
-        if not shares and is_elastic(sglang):
+        if not shares and sglang.uniform:
             growth = Growth(
                 lambda number, on: _started(further(sglang, number, on), config, launcher, device, where),
                 leader(config, members, launcher.python, logs, key), where, len(members), _listed(spare),
