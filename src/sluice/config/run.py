@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -101,6 +101,11 @@ class RunConfig(Part):
     replay: Path | None = None
     """Folder of an earlier run whose log is trained instead of new episodes: no engine, filter, reward or evaluation
     is asked."""
+    replay_rewards: Literal["recorded", "again"] = "recorded"
+    """With `replay`: the rewards that are in that log, or this recipe's, computed anew from the recorded answers."""
+    rollout_only: bool = False
+    """Train nothing: sample, reward, filter and log `steps` batches with the first weights, for `replay` to train. No
+    evaluation is made."""
 
     model: ModelConfig
     """The policy."""
@@ -172,6 +177,12 @@ class RunConfig(Part):
     def _replays_another_run(self) -> Self:
         if self.replay is not None and self.replay.resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(f"replay: {self.replay} is this run's own folder; give the run another name")
+        if self.replay is None and self.replay_rewards == "again":
+            raise ValueError("replay_rewards = 'again' needs a run whose answers are judged: set replay")
+        if self.rollout_only and self.replay is not None:
+            raise ValueError("rollout_only samples and trains nothing, replay trains and samples nothing; choose one")
+        if self.rollout_only and self.placement.colocate:
+            raise ValueError("rollout_only has no trainer to take turns with; set placement.colocate = false")
         return self
 
     @model_validator(mode="after")

@@ -37,11 +37,13 @@ class Disposition(StrEnum):
     * trained: at least one of its tokens was in the loss of a step.
     * excluded: its outcome does not count, so it was in no statistic and in no loss.
     * dropped: valid and in its group's statistics, but kept out of the loss (a filter, or all of it stale).
+    * kept: valid, in a batch of a run that trains nothing.
     """
 
     TRAINED = "trained"
     EXCLUDED = "excluded"
     DROPPED = "dropped"
+    KEPT = "kept"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ class DispositionRecord:
     def __post_init__(self) -> None:
         if self.disposition is Disposition.TRAINED and self.step is None:
             raise ValueError(f"the disposition of {self.episode_id} is 'trained' without a step")
-        if self.disposition is not Disposition.TRAINED and not self.reason:
+        if self.disposition in (Disposition.EXCLUDED, Disposition.DROPPED) and not self.reason:
             raise ValueError(f"the disposition of {self.episode_id} is '{self.disposition}' without a reason")
 
 

@@ -19,6 +19,7 @@ from sluice.models.build import load_tokenizer
 from sluice.models.offline import go_offline
 from sluice.obs.summary import Summary
 from sluice.obs.view import View, make_view
+from sluice.orchestrate.collecting import CollectRun
 from sluice.orchestrate.folder import open_folder
 from sluice.orchestrate.inline import InlineRun, evaluate_model
 from sluice.orchestrate.placement import place
@@ -71,7 +72,7 @@ def _run(config: RunConfig, folder: Path, shown: View, *, resume: bool) -> Summa
     for left in range(config.limits.restarts, -1, -1):
         try:
             with place(config, folder, chosen, shown.log) as placement:
-                kind = InlineRun if config.replay is None else ReplayRun
+                kind = ReplayRun if config.replay else CollectRun if config.rollout_only else InlineRun
                 return run_to_end(kind(config, folder, shown, resume=resume, placement=placement).run())
         except RanksLost as error:
             if not left:

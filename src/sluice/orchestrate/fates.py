@@ -9,7 +9,13 @@ import numpy as np
 
 from sluice.data.gate import Judgement
 from sluice.log.records import Disposition, DispositionRecord
-from sluice.types import Floats, Scored, TrainSample
+from sluice.types import Episode, Floats, Scored, TrainSample
+
+
+def excluded(episode: Episode, step: int | None = None) -> DispositionRecord:
+    """Of an episode whose outcome does not count."""
+    reason = f"{episode.outcome.value}: {episode.reason}".rstrip(": ")
+    return DispositionRecord(episode.id, episode.group_id, Disposition.EXCLUDED, step, reason)
 
 
 def disposition(member: Scored, verdict: Judgement, step: int) -> DispositionRecord:

@@ -35,7 +35,7 @@ from sluice.orchestrate.batch_metrics import (
 )
 from sluice.orchestrate.beside import Beside
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
-from sluice.orchestrate.fates import disposition, with_advantages
+from sluice.orchestrate.fates import disposition, excluded, with_advantages
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
 from sluice.orchestrate.limits import check_infrastructure, check_mismatch
@@ -238,8 +238,7 @@ class Loop:
             for member in group.members:
                 episode = member.episode
                 if not episode.outcome.counts:
-                    reason = f"{episode.outcome.value}: {episode.reason}".rstrip(": ")
-                    dispositions.append(DispositionRecord(episode.id, group.id, Disposition.EXCLUDED, step, reason))
+                    dispositions.append(excluded(episode, step))
                     members.append(member)
                     continue
                 verdict = parts.gate.judge(member.samples, parts.lineage.lag)

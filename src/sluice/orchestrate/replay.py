@@ -14,7 +14,7 @@ from sluice.data.pacing import Pacing
 from sluice.errors import ConfigError, DataError
 from sluice.log.lineage import account
 from sluice.log.reader import LogReader
-from sluice.log.records import GroupRecord, Kind
+from sluice.log.records import Disposition, GroupRecord, Kind
 from sluice.models.build import read_config
 from sluice.models.teacher import check_same_tokens
 from sluice.orchestrate.comparing import failed
@@ -39,8 +39,13 @@ class RecordedGroup:
     lags: Mapping[Version, int]
 
 
-def recorded_groups(run: Path, count: int, model_folder: Path) -> list[RecordedGroup]:
-    """The first `count` groups that the run trained. They are held in memory.
+def recorded_groups(
+    run: Path, count: int, model_folder: Path, *, groups_per_step: int, updates: int
+) -> list[RecordedGroup]:
+    """The first `count` groups that the run trained, or kept for that. They are held in memory.
+
+    What a run kept that trains nothing was sampled by first weights: it is as old as steps will have been made when its
+    turn comes, `updates` for every `groups_per_step` groups before it.
 
     Raises:
         DataError: there is no log, or it holds fewer groups, or token ids that the model does not have.
@@ -55,17 +60,22 @@ def recorded_groups(run: Path, count: int, model_folder: Path) -> list[RecordedG
         check_same_tokens(f"the run in {run}", checkpoints[-1].model, model_folder, hint=hint)
     steps: dict[str, int] = {}
     for records in account(LogReader(log).read()).surviving.values():
-        if records[-1].step is not None:
-            steps.setdefault(records[-1].group_id, records[-1].step)
+        last = records[-1]
+        if last.step is not None or last.disposition is Disposition.KEPT:
+            steps.setdefault(last.group_id, last.step or 0)
     if len(steps) < count:
         raise DataError(
-            f"the log of {run} holds {len(steps)} groups that were trained, and steps × groups_per_step asks for "
-            f"{count}",
+            f"the log of {run} holds {len(steps)} groups that were trained, or kept to be, and steps × groups_per_step "
+            f"asks for {count}",
             hint="lower steps or groups_per_step",
         )
     in_use = dict(zip(ordered := sorted(set(steps.values())), [0, *ordered[:-1]], strict=True))
     chosen = sorted(steps, key=steps.__getitem__)[:count]
-    return _read(log, {id: in_use[steps[id]] for id in chosen}, run, model_folder)
+    groups = _read(log, {id: in_use[steps[id]] for id in chosen}, run, model_folder)
+    return [
+        replace(group, lags=dict.fromkeys(group.lags, at // groups_per_step * updates)) if not steps[id] else group
+        for at, (id, group) in enumerate(zip(chosen, groups, strict=True))
+    ]
 
 
 def _read(log: Path, in_use: Mapping[str, int], run: Path, model_folder: Path) -> list[RecordedGroup]:
@@ -198,13 +208,19 @@ def _behind(line: Mapping[int, Version], current: Version, lag: int) -> Version:
 
 
 class ReplayProducer(Producer):
-    """Recorded episodes with their recorded rewards; nothing is sampled or judged."""
+    """Recorded episodes. Nothing is sampled; rewards are the recorded ones, or the rubric's.
 
-    def __init__(self, recording: Recording, *args: Any, **options: Any) -> None:
+    Args:
+        again: ask the rubric.
+    """
+
+    def __init__(self, recording: Recording, *args: Any, again: bool, **options: Any) -> None:
         super().__init__(recording, *args, **options)
-        self._recording = recording
+        self._recording, self._again = recording, again
 
     async def _score(self, episode: Episode) -> tuple[Episode, Reward | None]:
+        if self._again:
+            return await super()._score(episode)
         reward = self._recording.member(episode.id)[1].reward
         return (episode, reward) if reward is not None else (failed(episode, "recorded without a reward"), None)
 

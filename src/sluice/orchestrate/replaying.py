@@ -23,8 +23,10 @@ from sluice.orchestrate.replay import (
 from sluice.orchestrate.run import Run, Supply
 from sluice.orchestrate.setup import Data
 from sluice.orchestrate.stall import Stall
+from sluice.rewards.means import Means
 from sluice.rewards.rubric import Rubric
 from sluice.rollout.chat.renderer import ChatRenderer
+from sluice.sandbox.sandbox import Sandbox
 from sluice.weights.lineage import Lineage
 
 
@@ -32,7 +34,12 @@ class ReplayRun(Run):
     """`config.replay` names the earlier run. Checkpoints, log, metrics and resume are those of any run."""
 
     def _check(self, stack: AsyncExitStack, data: Data) -> None:
-        """Rewards are recorded: nothing is judged."""
+        self._rubric = Rubric(self._config.rewards if self._again else (), Means(Sandbox))
+        stack.push_async_callback(self._rubric.close)
+
+    @property
+    def _again(self) -> bool:
+        return self._config.replay_rewards == "again"
 
     def _facts(self, data: Data) -> dict[str, str]:
         return facts(self._config, data, self._device) | {"engine": f"none: replays {self._config.replay}"}
@@ -42,15 +49,21 @@ class ReplayRun(Run):
     ) -> Supply:
         config = self._config
         assert config.replay is not None  # the caller chose this class by it
-        groups = recorded_groups(config.replay, config.steps * config.groups_per_step, start)
+        groups = recorded_groups(
+            config.replay, config.steps * config.groups_per_step, start, groups_per_step=config.groups_per_step,
+            updates=algorithm.updates_per_batch,
+        )  # fmt: skip
         check_lag(config.data.gate, groups)
+        if self._again:
+            self._rubric.check({group.prompt.task for group in groups}, complete=True)
+            self._rubric.check_prompts([group.prompt for group in groups])
         renderer = ChatRenderer(load_tokenizer(start))
         gate = replay_gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
 
         def produce(recovered: dict[str, Recovered]) -> Producer:
             return ReplayProducer(
-                Recording(groups, lineage), Rubric(()), renderer, journal, seed=config.seed, recovered=recovered,
-                may_use=self._may_use(lineage, gate), stall=Stall(config.limits.stall_seconds),
+                Recording(groups, lineage), self._rubric, renderer, journal, seed=config.seed, recovered=recovered,
+                may_use=self._may_use(lineage, gate), stall=Stall(config.limits.stall_seconds), again=self._again,
             )  # fmt: skip
 
         return Supply(

@@ -103,6 +103,20 @@ class Run(ABC):
     ) -> Supply:
         """What generates, started; `start` is the folder of the first weights. Closed with the stack."""
 
+    def _make_trainer(
+        self, stack: AsyncExitStack, start: Path, algorithm: Algorithm, frozen: Mapping[str, Path]
+    ) -> tuple[Trainer, Critic | None]:
+        """Trainer of the policy, and critic, from the first weights. Closed with the stack."""
+        config = self._config
+        opened = self._trainers.open(
+            "policy", config.train, start, total_steps=total_updates(config, algorithm), seed=config.seed,
+            frozen=frozen,
+        )  # fmt: skip
+        return stack.enter_context(opened), make_critic(config, algorithm, start, device=self._device)
+
+    def _make_loop(self, parts: Parts, progress: Progress) -> Loop:
+        return Loop(self._config, parts, progress)
+
     async def run(self) -> Summary:
         """The whole run. Everything that was opened is closed again, whatever happens."""
         config, folder = self._config, self._folder
@@ -124,13 +138,7 @@ class Run(ABC):
             start = self._start_model(checkpoint, data)
             lineage = Lineage(logged_versions(folder / "log") if self._resume else ())
             supply = await self._supply(stack, start, data, journal, algorithm, lineage)
-            trainer = stack.enter_context(
-                self._trainers.open(
-                    "policy", config.train, start, total_steps=total_updates(config, algorithm), seed=config.seed,
-                    frozen=frozen,
-                )
-            )  # fmt: skip
-            critic = make_critic(config, algorithm, start, device=self._device)
+            trainer, critic = self._make_trainer(stack, start, algorithm, frozen)
             buffer = Buffer(supply.gate, supply.strategy, sampling=supply.sampling, filters=supply.filters)
             progress, recovered = self._restore(checkpoint, buffer, lineage, trainer, critic, journal)
             producer = supply.produce(recovered)
@@ -149,7 +157,7 @@ class Run(ABC):
                 saver=saver, journal=journal, sinks=self._sinks(stack, progress.rows), view=self._view,
                 timer=self._timer, beside=beside, figures=supply.figures, tasks=supply.tasks,
             )  # fmt: skip
-            loop = Loop(config, parts, progress)
+            loop = self._make_loop(parts, progress)
             stack.push_async_callback(loop.close)
             return await self._drive(loop, parts, fresh=checkpoint is None)
 

@@ -122,7 +122,8 @@ def _fates(run: RunFolder) -> Iterator[Finding]:
         return
     count = Counter(fate.record.disposition for fate in run.history.fates)
     total = sum(count.values())
-    parts = [f"{number(count[kind], ',d')} {kind}" for kind in Disposition]
+    kinds = [kind for kind in Disposition if count[kind] or kind is not Disposition.KEPT]
+    parts = [f"{number(count[kind], ',d')} {kind}" for kind in kinds]
     why = ""
     reasons = run.history.reasons()
     if reasons:

@@ -145,7 +145,7 @@ class History:
         count: Counter[tuple[str, str]] = Counter()
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for fate in self.fates:
-            if fate.record.disposition is Disposition.TRAINED:
+            if fate.record.disposition in (Disposition.TRAINED, Disposition.KEPT):
                 continue
             key = (str(fate.record.disposition), fate.category)
             count[key] += 1

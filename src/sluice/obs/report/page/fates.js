@@ -6,7 +6,7 @@ function showFates() {
   const section = at("fates");
   const told = RUNS.filter(run => run.fates && run.fates.steps.length);
   if (!told.length) {
-    section.append(el("p", { class: "empty" }, "The log says nothing about the fate of an episode yet."));
+    section.append(el("p", { class: "empty" }, "The log holds no step at which an episode was trained or left out."));
     showEvents(section);
     return;
   }
