@@ -17,6 +17,7 @@ from sluice.orchestrate.batch_metrics import rollout_metrics, task_metrics
 from sluice.orchestrate.fates import excluded
 from sluice.orchestrate.inline import InlineRun
 from sluice.orchestrate.journal import Journal
+from sluice.orchestrate.limits import check_infrastructure
 from sluice.orchestrate.loop import Loop, Parts, Progress
 from sluice.orchestrate.run import Supply
 from sluice.orchestrate.serve import FolderSource
@@ -54,7 +55,7 @@ class CollectLoop(Loop):
 
     async def _train(self, groups: list[Group]) -> dict[str, float]:
         parts, progress = self._parts, self.progress
-        self._check_infrastructure(groups)
+        check_infrastructure(groups, self._config.limits)
         await parts.journal.write(*(_fate(member) for group in groups for member in group.members))
         parts.buffer.trained()
         progress.batch += 1
