@@ -78,7 +78,7 @@ def written(place: Path) -> set[str]:
     teacher = {"teachers": [{"name": "first", "path": init}]}
     runs: dict[str, dict[str, Any]] = {
         "one": {
-            "data": {"train": {"type": "mix", "parts": parts, "path": None}},
+            "data": {"train": {"type": "mix", "parts": parts, "path": None}, "padding": {}},
             "algorithm": {"type": "grpo", **masks},
         },
         "ppo": {**quiet, "algorithm": {"type": "ppo", "critic": {"updates": 1}}},
