@@ -270,14 +270,15 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_loads(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("colocate", [True, False])
 @pytest.mark.parametrize("lag", [0, 2])
-def test_sglang_takes_turns_with_the_trainer(tmp_path: Path, lag: int) -> None:
+def test_sglang_by_turns_and_apart(tmp_path: Path, lag: int, colocate: bool) -> None:
     """On a CPU its servers keep their memory; every other transition is the one of an accelerator."""
     sglang = {
         "build": "cpu", "sync": "tensor", "groups": [{"args": {"max-total-tokens": 4096}}], "start_seconds": 300,
     }  # fmt: skip
     config = tiny(
-        tmp_path, steps=10, evaluation={"every": 0, "greedy": False}, placement={"colocate": True},
+        tmp_path, steps=10, evaluation={"every": 0, "greedy": False}, placement={"colocate": colocate},
         rollout={"engine": "sglang", "context_length": 64, "sglang": sglang}, data={"gate": {"max_lag": lag}},
     )  # fmt: skip
     api.train(config, view=NullView())

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from sluice.config.runners import ExternalRunner
 from sluice.nearest import did_you_mean
 from sluice.rollout.gateway.desk import Lease, Wanted
-from sluice.rollout.gateway.errors import Busy, SessionClosed, UnknownTask
+from sluice.rollout.gateway.errors import Busy, SessionClosed, UnknownSession, UnknownTask
 from sluice.rollout.gateway.server import Gateway
 from sluice.rollout.runners.base import EpisodeRequest
 from sluice.rollout.runners.toolkit import Toolkit
@@ -21,6 +22,8 @@ from sluice.types import Episode, Outcome, Prompt
 
 LOG_SECONDS = 30.0
 """How long the answer to a finish waits for the log."""
+FINISH_SECONDS = 60.0
+"""How long a finish that came with the end of the lease may take to end the session's calls."""
 
 
 @dataclass(slots=True, eq=False)
@@ -73,18 +76,28 @@ class ExternalDesk:
         try:
             await offer.leased.wait()  # how long agents may stay away is bounded by limits.stall_seconds
             done, _ = await asyncio.wait({offer.episode}, timeout=self._config.lease_seconds)
-            if not done:
-                offer.withdrawn = True
-                late = f"not finished within {self._config.lease_seconds:g} s of its lease"
-                return await gateway.finish(request.id, Outcome.INFRA_FAILURE, late)
-            return offer.episode.result()
+            return offer.episode.result() if done else await self._withdraw(offer, gateway)
         except asyncio.CancelledError:
             if offer.leased.is_set() and not offer.episode.done():
                 offer.withdrawn = True
-                await gateway.finish(request.id, Outcome.ABORTED, "the run has ended")
+                with suppress(UnknownSession):  # its agent is finishing it at this moment
+                    await gateway.finish(request.id, Outcome.ABORTED, "the run has ended")
             raise
         finally:
             del self._offers[request.id]
+
+    async def _withdraw(self, offer: _Offer, gateway: Gateway) -> Episode:
+        """The episode of a lease that was not kept, or what its agent made of it at the last moment."""
+        late = f"not finished within {self._config.lease_seconds:g} s of its lease"
+        offer.withdrawn = True
+        try:
+            return await gateway.finish(offer.request.id, Outcome.INFRA_FAILURE, late)
+        except UnknownSession:  # its finish is under way: the session is closed, and a call of it is being ended
+            offer.withdrawn = False
+            await asyncio.wait({offer.episode}, timeout=FINISH_SECONDS)
+            if not offer.episode.done():
+                raise
+            return offer.episode.result()
 
     # The desk.
 
