@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from tests.integration.test_elastic import gated, scaled_while_it_trains
 from tests.tiny import tiny
 
 from sluice.config import RunConfig
@@ -27,6 +29,7 @@ from sluice.obs.view import NullView
 from sluice.orchestrate import api
 from sluice.orchestrate.ray import token
 from sluice.orchestrate.ray.cluster import Part, Room, cluster
+from sluice.orchestrate.ray.engines import RayHosts
 from sluice.orchestrate.ray.placement import by_turns
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -272,6 +275,43 @@ def test_a_cluster_that_this_process_cannot_work_with(
         with pytest.raises(ConfigError, match=r"has Sluice [\d.]+, and this is 99"), cluster(place, cpus=1):
             pass
     assert not ray.is_initialized()
+
+
+def test_a_run_on_a_cluster_is_scaled(tmp_path: Path, running: str) -> None:
+    """Further servers get room of their own, and the cluster has it back at the end."""
+    config = gated(tmp_path, placement={"runtime": "ray", "address": running})
+    served = scaled_while_it_trains(config)
+    assert served[-1] == 2
+    assert 3 in served
+    with connected(running):
+        until(lambda: ray.available_resources().get("CPU") == 4)  # told with a delay
+
+
+def test_a_server_for_which_there_is_no_room_waits(tmp_path: Path, running: str) -> None:
+    """It is told what is free; whoever takes the wish back takes the request for room back too."""
+    told: list[str] = []
+    place = recipe(tmp_path, "ray", placement={"runtime": "ray", "address": running}).placement
+
+    async def wait_in_vain(hosts: RayHosts) -> None:
+        launcher: Any = None  # nothing comes to be launched
+        waiting = asyncio.create_task(hosts.start(launcher, "embedded-1"))
+        async with asyncio.timeout(60):
+            while not told:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert not waiting.done()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        hosts.left("embedded-1")
+
+    with cluster(place, cpus=1):
+        room = Room([Part(4)], seconds=30)
+        hosts = RayHosts(room, [0], told.append)
+        hosts._free.clear()  # as if the first server were there
+        asyncio.run(wait_in_vain(hosts))
+        room.close()
+        (line,) = told
+        assert line.startswith("embedded-1: the cluster has no room for it: free are 0 CPU cores and 0 accelerators")
+        until(lambda: {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"})
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> None:

@@ -85,6 +85,7 @@ class FakeServer:
     role: str = "null"
     cumulative: bool = False
     dead: bool = False
+    leaving: bool = False
     refuses: bool = False
     checksum: str = ""
     dies_at: str = ""
@@ -113,6 +114,8 @@ class FakeServer:
         self.calls.append((path, body))
         if path == self.waits_at:
             await self.proceed.wait()
+        if path == "/health":
+            return httpx.Response(503 if self.leaving else 200)
         if path == "/openapi.json":
             fields = {"extra_key": {}, "mode": {"enum": ["abort", "in_place", "retract"]}}
             post = {"requestBody": {"content": {"application/json": {"schema": {"properties": fields}}}}}

@@ -176,3 +176,19 @@ def test_slots_change_while_they_are_taken() -> None:
         await asyncio.gather(*tasks)
 
     asyncio.run(main())
+
+
+def test_a_server_that_was_told_to_end_is_drained_and_replaced_and_that_counts_as_no_failure() -> None:
+    async def body(world: World) -> None:
+        published = await served(world)
+        for _ in range(2):  # more often than it may be restarted
+            world.lines.clear()
+            world.server("a").leaving = True
+            await until(lambda: "a: serving again" in world.lines)
+        assert "a: lost: it was told to end" in world.lines
+        assert world.started["a"] == 3
+        assert world.fleet.figures()["engine/restarts"] == 0
+        last = [event for event in world.router.events if "//a:" in event][-2:]
+        assert last == ["remove http://a:2", f"add http://a:3 serving {published.label}"]
+
+    with_fleet("a", "b", restarts=1)(body)

@@ -15,9 +15,11 @@ import asyncio
 import itertools
 import json
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +42,8 @@ from sluice.types import SamplingParams, Version, VersionSpan
 from sluice.weights.store import checksum, tensor_info
 
 PAUSES = {"abort": PauseMode.ABORT, "retract": PauseMode.RECOMPUTE, "in_place": PauseMode.KEEP_KV}
+LEAVE_SECONDS = 8.0
+"""After SIGTERM, for requests to end or to be taken elsewhere. Who stops a server of ours waits for longer."""
 FIRST = "default"
 """What the weights are called that the server was started with, as with SGLang."""
 
@@ -113,6 +117,8 @@ class Server:
         self._labels = Labels()
         self._pending: dict[str, Tensor] = {}
         self._anonymous = itertools.count()
+        self.leaving = False
+        """It was told to end: whoever sends requests takes them elsewhere."""
 
     def app(self) -> FastAPI:
         app = FastAPI(title="Sluice embedded engine", version=__version__, docs_url=None, redoc_url=None)
@@ -139,7 +145,7 @@ class Server:
 
     async def health(self) -> Response:
         await self.engine.start()  # raises when it is dead
-        return Response()
+        return Response(status_code=503 if self.leaving else 200)
 
     async def model_info(self) -> dict[str, Any]:
         return {
@@ -344,6 +350,30 @@ def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
+class Leaving(uvicorn.Server):
+    """Ends at SIGTERM when no request runs any more, or after `LEAVE_SECONDS`; until then it says that it leaves."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._leaver = server
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._leaver.leaving:
+            super().handle_exit(sig, frame)
+            return
+        self._leaver.leaving = True
+        loop, deadline = asyncio.get_running_loop(), time.monotonic() + LEAVE_SECONDS
+
+        def look() -> None:
+            now = self._leaver.engine.statistics()
+            if time.monotonic() < deadline and now["running"] + now["waiting"]:
+                loop.call_later(0.05, look)
+            else:
+                super(Leaving, self).handle_exit(sig, frame)
+
+        look()
+
+
 def main() -> None:
     """Serve one model until SIGTERM."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -361,12 +391,13 @@ def main() -> None:
         model, AutoTokenizer.from_pretrained(arguments.model), config, name=f"embedded at {arguments.port}",
         device=arguments.device, version=Version(0),
     )  # fmt: skip
-    app = Server(engine, str(arguments.model), arguments.device).app()
+    server = Server(engine, str(arguments.model), arguments.device)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends its servers itself
-    uvicorn.run(
-        app, host=arguments.host, port=arguments.port, log_level="warning", access_log=False,
+    listening = uvicorn.Config(
+        server.app(), host=arguments.host, port=arguments.port, log_level="warning", access_log=False,
         timeout_graceful_shutdown=1,
     )  # fmt: skip
+    Leaving(listening, server).run()
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from sluice.rollout.engines.sglang.wire import RefusedError, Wire
 from sluice.types import Version
 from sluice.weights.base import Manifest, Published
 
+LEAVING = 503
+
 
 class Control:
     """One running server, by URL. The server is neither started nor ended here.
@@ -124,6 +126,14 @@ class Control:
     async def weights_label(self, seconds: float) -> str:
         """What the server calls its weights now. EngineError when it does not answer in time."""
         return str((await self.wire.get("/model_info", seconds=seconds)).get("weight_version"))
+
+    async def is_leaving(self, seconds: float) -> bool:
+        """Whether it was told to end, and does so when its requests have: `/health` is 503 then."""
+        try:
+            await self.wire.get("/health", seconds=seconds)
+        except RefusedError as error:
+            return error.status == LEAVING
+        return False
 
     async def checksum(self) -> str | None:
         """Of the weights in the server's memory, under its own names; None when it cannot tell."""

@@ -340,18 +340,25 @@ class SGLangFleet:
 
     async def part(self, member: Member) -> None:
         """See `elastic.Crew`. Turns that end while the router lets go of it end there; the others are cut then."""
-        if member.state is State.SERVING:
-            await self._roster.withdraw(member)
+        await self.vacate(member)
         async with self._lock:
-            if member.state is State.SERVING:
-                await self._vacate(member)
             await self._roster.unroute(member, State.AWAY)
             self._roster.leave(member)
             self._resize()
             await self._settle()
 
-    async def _vacate(self, member: Member) -> None:
-        """Bring back the turns that a member runs, tokens included, so far as it answers; by others they go on."""
+    async def vacate(self, member: Member) -> None:
+        """Bring back the turns that a member runs, tokens included, so far as it answers; at others they go on."""
+        if member.state is not State.SERVING:
+            return
+        await self._roster.withdraw(member)
+        async with self._lock:
+            await self._cut(member)
+            if member.state is State.SERVING:
+                await self._roster.unroute(member, State.AWAY)
+            await self._settle()
+
+    async def _cut(self, member: Member) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(VACATE_SECONDS):
                 await self._roster.vacate(member)

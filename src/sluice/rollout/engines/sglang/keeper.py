@@ -8,6 +8,7 @@ keep(member):  until lost ──► lose: out of routing, in-flight turns go els
 from __future__ import annotations
 
 import asyncio
+import signal
 from typing import Protocol
 
 from sluice.errors import EngineError, WeightsError
@@ -22,8 +23,16 @@ MISSES = 2
 """Looks in a row without an answer after which a server is lost."""
 
 
+TOLD = "it was told to end"
+"""Why a server is lost that got SIGTERM from outside: its host is wanted for something else."""
+
+
 class Owner(Protocol):
     """The fleet, as its keepers see it."""
+
+    async def vacate(self, member: Member) -> None:
+        """Send it nothing more, and bring back the turns that it runs, as tokens."""
+        ...
 
     async def lose(self, member: Member, why: str) -> None:
         """Take it out of routing; what it was busy with is sent elsewhere."""
@@ -64,6 +73,9 @@ async def keep(owner: Owner, member: Member) -> None:
     while True:
         why = await until_lost(member)
         member.returning = True
+        if why == TOLD:
+            await owner.vacate(member)
+            member.restarts -= 1  # it did nothing wrong
         await owner.lose(member, why)
         if not await revive(owner, member, why):
             return
@@ -79,6 +91,8 @@ async def until_lost(member: Member) -> str:
         try:
             await asyncio.wait({ended, doubt}, timeout=LEASE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             member.doubted.clear()
+            if ended.done() and ended.result() == -signal.SIGTERM:
+                return TOLD
             if ended.done():
                 said = process.last_error() if process else ""
                 return f"it ended with status {ended.result()}{': ' if said else ''}{said}"
@@ -100,6 +114,8 @@ async def look(member: Member) -> str:
         return "it did not answer"
     try:
         label = await control.weights_label(ANSWER_SECONDS)
+        if member.owned and await control.is_leaving(ANSWER_SECONDS):
+            return TOLD
     except RefusedError:
         member.misses = 0
         return ""  # it is alive; what it may do is another question
