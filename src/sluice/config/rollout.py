@@ -96,6 +96,8 @@ class RolloutConfig(Part):
     """Chat template, tool calls, reasoning."""
     runner: RunnerConfig = SingleTurnRunner()
     """Who executes an episode."""
+    retries: int = Field(default=0, ge=0)
+    """How often a training episode whose agent, sandbox or lease failed is run again before it is an infra failure."""
 
     @field_validator("engine")
     @classmethod

@@ -82,7 +82,7 @@ class InlineRun(Run):
         def produce(recovered: dict[str, Recovered]) -> Producer:
             return Producer(
                 rollout.runner, self._rubric, rollout.chat, journal, seed=config.seed, recovered=recovered,
-                may_use=self._may_use(lineage, gate), stall=stall,
+                may_use=self._may_use(lineage, gate), stall=stall, retries=config.rollout.retries,
             )  # fmt: skip
 
         return Supply(

@@ -51,9 +51,8 @@ class Measuring:
         assert self._evaluator is not None
         assert self._task is None
         self._progress.held = self._progress.held or {}  # a resumed run has the row already
-        self._task = asyncio.create_task(
-            self._measure(self._evaluator, self._progress.batch, version), name="evaluation"
-        )
+        measured = self._measure(self._evaluator, self._progress.batch, self._progress.step, version)
+        self._task = asyncio.create_task(measured, name="evaluation")
 
     def row(self, batch: int, row: dict[str, float]) -> None:
         """Write the row of a batch, with the result of its evaluation: at once, or when that has ended."""
@@ -97,9 +96,9 @@ class Measuring:
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
 
-    async def _measure(self, evaluator: Evaluator, batch: int, version: Version) -> None:
+    async def _measure(self, evaluator: Evaluator, batch: int, step: int, version: Version) -> None:
         try:
-            result = await evaluator(self._progress.step, version)
+            result = await evaluator(step, version)
         except Exception as error:
             error.add_note(f"while version {version}, of batch {batch}, was evaluated")
             raise

@@ -18,7 +18,7 @@ from sluice.rewards.base import VerifierFailure
 from sluice.rewards.rubric import Response, Rubric
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.runners.base import EpisodeRequest, Runner
-from sluice.types import Episode, GroupRequest, Reward, Scored, Version, expand
+from sluice.types import Episode, GroupRequest, Outcome, Reward, Scored, Version, expand
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Producer:
         recovered: episodes of an interrupted run by id; used instead of generating them again.
         may_use: whether a recovered episode's version still belongs to the run; see `Lineage.in_line`.
         stall: deadline of `next`.
+        retries: how often an infra failure is run again.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class Producer:
         recovered: Mapping[str, Recovered],
         may_use: Callable[[Version], bool],
         stall: Stall,
+        retries: int = 0,
     ) -> None:
         self._runner, self._rubric, self._renderer, self._journal = runner, rubric, renderer, journal
         self._seed = seed
         self._recovered = dict(recovered)
         self._may_use = may_use
         self._stall = stall
+        self._retries = retries
         self._tasks: set[asyncio.Task[Scored]] = set()
         self._finished: asyncio.Queue[asyncio.Task[Scored]] = asyncio.Queue()
 
@@ -120,16 +123,29 @@ class Producer:
         found = await self._recover(request, sample)
         if found is not None:
             return found.episode, found.reward
+        failures = 0
+        while (episode := await self._attempt(request, sample, failures)) is None:
+            failures += 1
+        return episode, None
+
+    async def _attempt(self, request: GroupRequest, sample: int, failures: int) -> Episode | None:
+        """The episode, logged; None for an infra failure that is tried again: then the log has a fault."""
         began = time.monotonic()
         asked = EpisodeRequest.member(request, sample, seed=self._seed)
         try:
             episode = await self._runner.run(asked)
-            episode = replace(episode, info={**episode.info, "seconds": round(time.monotonic() - began, 3)})
-            await self._journal.write(EpisodeRecord(episode))
+            again = episode.outcome is Outcome.INFRA_FAILURE and failures < self._retries
+            if again:
+                where = f"attempt {failures + 1} of {episode.id}"
+                await self._journal.write(FaultRecord(f"infra_failure: {episode.reason}", where))
+            else:
+                facts = {"seconds": round(time.monotonic() - began, 3)} | ({"failures": failures} if failures else {})
+                episode = replace(episode, info={**episode.info, **facts})
+                await self._journal.write(EpisodeRecord(episode))
             asked.receipt.settle(logged=True)
         finally:
             asked.receipt.settle(logged=False)
-        return episode, None
+        return None if again else episode
 
     async def _recover(self, request: GroupRequest, sample: int) -> Recovered | None:
         found = self._recovered.pop(request.episode_id(sample), None)
