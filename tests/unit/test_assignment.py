@@ -11,7 +11,7 @@ from tests.tiny import tiny
 from sluice import device
 from sluice.config.run import RunConfig
 from sluice.errors import ConfigError
-from sluice.orchestrate.assignment import assign
+from sluice.orchestrate.assignment import assign, assign_evaluation, spare
 
 
 def config(folder: Path, *, ranks: int = 1, colocate: bool = False, **group: Any) -> RunConfig:
@@ -48,3 +48,18 @@ def test_one_accelerator_is_everybodys(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv(device.VISIBLE, "4")
     assert placed(config(tmp_path, engines=2)) == []
     assert placed(config(tmp_path, engines=2), "cpu") == []
+
+
+@pytest.mark.usefixtures("eight")
+def test_servers_of_the_evaluation_come_last_and_are_nobodys_spare(tmp_path: Path) -> None:
+    rollout = {"engine": "sglang", "sglang": {"groups": [{"engines": 2, "tp": 2}]}}
+    run = tiny(tmp_path, train={"ranks": 1}, evaluation={"servers": 1}, rollout=rollout)
+    assert placed(run) == ["1,2", "3,4"]
+    assert assign_evaluation(run, "cuda:0").sglang.groups[0].devices == ("5,6",)
+    assert spare(run, "cuda:0") == []
+    assert assign_evaluation(run, "cpu").sglang.groups[0].devices == ()
+    turns = tiny(tmp_path, train={"ranks": 4}, evaluation={"servers": 2}, placement={"colocate": True}, rollout=rollout)
+    assert assign_evaluation(turns, "cuda:0").sglang.groups[0].devices == ("4,5", "6,7")
+    more = tiny(tmp_path, train={"ranks": 2}, evaluation={"servers": 2}, rollout=rollout)
+    with pytest.raises(ConfigError, match="asks for 4 accelerators of its own; of 8 that are visible 2 are left"):
+        assign_evaluation(more, "cuda:0")

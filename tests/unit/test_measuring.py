@@ -17,8 +17,24 @@ from sluice.orchestrate.measuring import Measuring
 from sluice.orchestrate.progress import Progress
 from sluice.orchestrate.stall import Stall
 from sluice.types import Version
+from sluice.weights.base import Manifest, Published
 
-FIVE = Version(5)
+
+class Weights:
+    """Version 5, and how many hold it."""
+
+    def __init__(self) -> None:
+        self.manifest = Manifest(Version(5), None, "", {}, 0)
+        self.holders = 1
+
+    def hold(self) -> None:
+        self.holders += 1
+
+    def release(self) -> None:
+        self.holders -= 1
+
+
+FIVE = cast("Published", Weights())
 
 
 class Answering:
@@ -26,6 +42,7 @@ class Answering:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.stall = Stall(60)
+        self.sink = None
         self.answered = asyncio.Event()
         self.ended = False
         self._error = error
@@ -168,3 +185,26 @@ def test_answers_of_an_evaluation_put_off_the_deadline_of_a_batch() -> None:
             assert await finished == "an episode"
 
     asyncio.run(main())
+
+
+def test_rows_of_later_batches_wait_for_the_one_that_is_measured(tmp_path: Path) -> None:
+    """An engine of its own: two batches are trained while one is measured."""
+
+    async def main() -> None:
+        progress, weights, answering = Progress(batch=4, step=5), Weights(), Answering()
+        one = measuring(answering, tmp_path, progress)
+        one.begin(cast("Published", weights))
+        assert weights.holders == 2, "they are there until it has ended, whatever is published"
+        for batch in (4, 5, 6):
+            progress.batch, progress.step = batch, batch + 1
+            one.row(batch, {"reward/mean": batch / 10})
+        assert rows(tmp_path) == []
+        assert progress.held == {"reward/mean": 0.4}
+        answering.answered.set()
+        await one.settle()
+        await asyncio.sleep(0)
+        assert weights.holders == 1
+
+    asyncio.run(main())
+    found = [(row["step"], row["reward/mean"], row.get("eval/accuracy")) for row in rows(tmp_path)]
+    assert found == [(4, 0.4, 0.5), (5, 0.5, None), (6, 0.6, None)], "and it is called after the step that it measures"

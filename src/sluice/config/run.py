@@ -32,6 +32,9 @@ class EvalConfig(Part):
     beside: bool = True
     """The loop goes on while held-out prompts are answered, and waits for their end before it changes the engine's
     weights. False waits at once."""
+    servers: int = Field(default=0, ge=0)
+    """Engine servers of the evaluation's own, like those of the run: it is then not waited for before weights change,
+    only before the next evaluation. 0 asks the run's engine."""
     samples: int = Field(default=1, ge=1)
     """Answers a prompt."""
     sampling: SamplingConfig | None = None
@@ -223,6 +226,28 @@ class RunConfig(Part):
                 f"evaluation: the reward {compares[0].name or compares[0].type!r} compares the members of a group, and "
                 "a comparison is no accuracy; set evaluation.rewards to rewards that look at one answer"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_can_have_servers(self) -> Self:
+        if not self.evaluation.servers:
+            return self
+        rollout, (group, *others) = self.rollout, self.rollout.sglang.groups
+        embedded = rollout.engine == "embedded" and rollout.embedded.servers > 0
+        if not self.data.holds_out:
+            raise ValueError("evaluation.servers needs held-out prompts: set data.eval or data.eval_prompts")
+        if not embedded and (rollout.engine != "sglang" or rollout.sglang.urls):
+            raise ValueError(
+                "evaluation.servers are started like those of the run, and it starts none: set "
+                "rollout.embedded.servers, or rollout.engine = 'sglang' without urls"
+            )
+        if rollout.engine == "sglang" and (others or group.devices or group.nodes > 1):
+            raise ValueError(
+                "evaluation.servers are like the run's, and are placed behind them: leave one group in "
+                "rollout.sglang.groups, of one host and without devices"
+            )
+        if self.placement.runtime == "ray":
+            raise ValueError("evaluation.servers are not there yet with placement.runtime = 'ray'; set it to 0")
         return self
 
     @model_validator(mode="after")

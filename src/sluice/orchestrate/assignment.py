@@ -57,9 +57,40 @@ def spare(config: RunConfig, device: str) -> list[str] | None:
     if rollout.engine != "sglang" or config.placement.colocate or named or len(visible) <= 1:
         return []
     used = sum(group.accelerators * group.engines for group in groups)
+    used += config.evaluation.servers * groups[0].accelerators
     left = iter(visible[int(device.partition(":")[2] or 0) + config.train.ranks + used :])
     size = groups[0].accelerators
     return [",".join(each) for each in zip(*[left] * size, strict=False)]
+
+
+def assign_evaluation(config: RunConfig, device: str) -> RolloutConfig:
+    """The rollout of `evaluation.servers`: servers like the run's, on accelerators behind everybody else's.
+
+    Args:
+        device: resolved device of the run.
+
+    Raises:
+        ConfigError: there are too few accelerators.
+    """
+    rollout, count, visible = config.rollout, config.evaluation.servers, devices.visible(device)
+    gateway = rollout.gateway.model_copy(update={"port": 0})  # the configured one is the run's
+    if rollout.engine == "embedded":
+        embedded = rollout.embedded.model_copy(update={"servers": count})
+        return rollout.model_copy(update={"embedded": embedded, "gateway": gateway})
+    each = rollout.sglang.groups[0]  # the only one, see `RunConfig`
+    group = each.model_copy(update={"engines": count})
+    if visible:
+        first = int(device.partition(":")[2] or 0) + config.train.ranks
+        left = visible[first + (0 if config.placement.colocate else each.accelerators * each.engines) :]
+        if count * group.accelerators > len(left):
+            raise ConfigError(
+                f"evaluation.servers asks for {count * group.accelerators} accelerators of its own; of {len(visible)} "
+                f"that are visible {len(left)} are left",
+                hint="fewer engines or ranks, or evaluation.servers = 0: the run's engines answer beside their batches",
+            )
+        group = group.model_copy(update={"devices": tuple(_take(group, iter(left)))})
+    sglang = rollout.sglang.model_copy(update={"groups": (group,)})
+    return rollout.model_copy(update={"sglang": sglang, "gateway": gateway})
 
 
 def _take(group: EngineGroup, left: Iterator[str]) -> Iterator[str]:

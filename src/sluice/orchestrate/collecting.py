@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,12 +18,12 @@ from sluice.orchestrate.inline import InlineRun
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.limits import check_infrastructure
 from sluice.orchestrate.loop import Loop, Parts, Progress
-from sluice.orchestrate.run import Supply
 from sluice.orchestrate.serve import FolderSource
+from sluice.orchestrate.serving import Rollout
 from sluice.orchestrate.setup import Data
+from sluice.orchestrate.stall import Stall
 from sluice.train.base import Critic, Loss, Snapshot, StepStats, Trainer
 from sluice.types import Group, Scored, TrainBatch, TrainSample
-from sluice.weights.lineage import Lineage
 
 
 class CollectRun(InlineRun):
@@ -36,10 +35,10 @@ class CollectRun(InlineRun):
     def _count_memory(self, algorithm: Algorithm) -> None:
         """There is no trainer to find room for."""
 
-    async def _supply(
-        self, stack: AsyncExitStack, start: Path, data: Data, journal: Journal, algorithm: Algorithm, lineage: Lineage
-    ) -> Supply:
-        return replace(await super()._supply(stack, start, data, journal, algorithm, lineage), evaluator=None)
+    async def _evaluator(
+        self, stack: AsyncExitStack, start: Path, rollout: Rollout, journal: Journal, data: Data, stall: Stall
+    ) -> None:
+        """Held-out prompts are asked once something was trained."""
 
     def _make_trainer(
         self, stack: AsyncExitStack, start: Path, algorithm: Algorithm, frozen: Mapping[str, Path]

@@ -18,6 +18,7 @@ from sluice.orchestrate.stall import Stall
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.runners.base import EpisodeRequest, Runner, turn_noise
 from sluice.types import Episode, Prompt, SamplingParams, Version
+from sluice.weights.base import Sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,8 @@ class Evaluator:
         judge: a producer's reward path, with the evaluation's own rubric.
         seed: keys the sampling noise; the same at every evaluation, so that two differ by the weights only.
         stall: of the runner's engine; told of every answer.
+        sink: takes the weights to be measured, where the runner's engine is the evaluation's own; None where it is the
+            run's, which serves them.
     """
 
     def __init__(
@@ -93,8 +96,9 @@ class Evaluator:
         show: int,
         seed: int,
         stall: Stall,
+        sink: Sink | None = None,
     ) -> None:
-        self.stall = stall
+        self.stall, self.sink = stall, sink
         self._runner, self._judge, self._renderer, self._journal = runner, judge, renderer, journal
         self._prompts = prompts
         self._sampling = sampling

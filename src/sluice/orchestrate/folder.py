@@ -9,6 +9,7 @@ runs/NAME/
     engines/            logs of servers and the router that were started here
     control/            how many servers there are, and a wish for another number (`sluice scale`)
     ranks/              logs of trainer ranks (`train.ranks`)
+    evaluation/         engines/ and agents/ of the evaluation's own servers (`evaluation.servers`)
     log/                the durable episode log (`sluice episodes runs/NAME`)
     checkpoints/        atomic, newest last
     tensorboard/        event files
@@ -34,8 +35,8 @@ from sluice.log.lock import FolderLock
 
 MAY_CHANGE = (
     "steps", "runs_dir", "device", "threads", "offline", "allow_hosts", "checkpoint", "obs", "limits", "log",
-    "evaluation.every", "evaluation.show", "evaluation.beside", "rollout.engine", "rollout.sglang", "rollout.router",
-    "rollout.embedded",
+    "evaluation.every", "evaluation.show", "evaluation.beside", "evaluation.servers", "rollout.engine",
+    "rollout.sglang", "rollout.router", "rollout.embedded",
     "rollout.gateway.host", "rollout.gateway.port", "rollout.gateway.owner_key_env", "rollout.gateway.idle_seconds",
     "rollout.gateway.max_sessions", "rollout.gateway.body_bytes", "rollout.gateway.retry_after_seconds",
     "rollout.runner.parallel", "rollout.runner.keep", "train.micro_batch_tokens",

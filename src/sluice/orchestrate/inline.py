@@ -16,7 +16,7 @@ from sluice.errors import ConfigError
 from sluice.log.writer import LogWriter
 from sluice.models.build import load_tokenizer
 from sluice.models.chat_template import load_templated
-from sluice.orchestrate.assignment import assign, spare
+from sluice.orchestrate.assignment import assign, assign_evaluation, spare
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.pool import Apart, Shared
@@ -41,6 +41,7 @@ from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.sglang import SGLangFleet
 from sluice.sandbox.sandbox import Sandbox
 from sluice.types import Version
+from sluice.weights.base import Sink
 from sluice.weights.lineage import Lineage
 
 
@@ -92,17 +93,44 @@ class InlineRun(Run):
             filters=make_filters(config.data),
             pool=pool,
             produce=produce,
-            evaluator=make_evaluator(stack, config, rollout, journal, data, stall) if data.held_out else None,
+            evaluator=await self._evaluator(stack, start, rollout, journal, data, stall),
             elsewhere=not isinstance(engine, EmbeddedEngine),
             figures=engine.figures if isinstance(engine, SGLangFleet) else dict,
             tasks=data.tasks,
         )
 
+    async def _evaluator(
+        self, stack: AsyncExitStack, start: Path, rollout: Rollout, journal: Journal, data: Data, stall: Stall
+    ) -> Evaluator | None:
+        """On the run's engine, or on servers of its own, started here."""
+        config, folder = self._config, self._folder / "evaluation"
+        if not data.held_out:
+            return None
+        if not config.evaluation.servers:
+            return make_evaluator(stack, config, rollout, journal, data, stall)
+        own, tokenizer = assign_evaluation(config, self._device), load_tokenizer(start)
+
+        def tell(line: str) -> None:
+            self._view.log(f"evaluation: {line}")
+
+        engine, sink = make_engine(own, start, tokenizer, device=self._device, folder=folder, tell=tell, spare=[])
+        rollout = await open_rollout(
+            stack, own, engine, tokenizer, folder=folder, template_kwargs=config.model.chat_template_kwargs, tell=tell,
+            beside=(*config.rewards, *(config.evaluation.rewards or ())),
+        )  # fmt: skip
+        return make_evaluator(stack, config, rollout, journal, data, Stall(config.limits.stall_seconds), sink)
+
 
 def make_evaluator(
-    stack: AsyncExitStack, config: RunConfig, rollout: Rollout, journal: Journal, data: Data, stall: Stall
+    stack: AsyncExitStack,
+    config: RunConfig,
+    rollout: Rollout,
+    journal: Journal,
+    data: Data,
+    stall: Stall,
+    sink: Sink | None = None,
 ) -> Evaluator:
-    """The evaluator of a recipe, with the evaluation's own rewards and sampling; `stall` is that of its engine."""
+    """The evaluator of a recipe, with its own rewards and sampling; see `Evaluator` for `stall` and `sink`."""
     require(data.held_out, "held-out prompts")
     chosen = config.evaluation
     rubric = Rubric(chosen.rewards or config.rewards, Means(Sandbox))
@@ -116,7 +144,7 @@ def make_evaluator(
     sampling = (chosen.sampling or config.rollout.sampling).params(eos=rollout.chat.eos)
     return Evaluator(
         rollout.runner, judge, rollout.chat, journal, data.held_out, sampling=sampling, samples=chosen.samples,
-        greedy=chosen.greedy, show=chosen.show, seed=config.seed, stall=stall,
+        greedy=chosen.greedy, show=chosen.show, seed=config.seed, stall=stall, sink=sink,
     )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def _engine(config: RunConfig, model: Path, parameters: int, device: str, when: 
         return
     if rollout.engine == "embedded":
         embedded = rollout.embedded
-        width, servers = WIDTH[embedded.dtype], max(embedded.servers, 1)
+        width, servers = WIDTH[embedded.dtype], max(embedded.servers, 1) + config.evaluation.servers
         cache = _cache_bytes(model, embedded.kv_tokens, width)
         yield Entry("weights of the engines", servers * parameters * width, when)
         yield Entry("KV cache of the engines", servers * cache, when)

@@ -34,7 +34,7 @@ from sluice.orchestrate.batch_metrics import (
     train_metrics,
 )
 from sluice.orchestrate.beside import Beside
-from sluice.orchestrate.evaluation import EvalResult, Evaluator
+from sluice.orchestrate.evaluation import Evaluator
 from sluice.orchestrate.fates import disposition, excluded, with_advantages
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.learner import Learner
@@ -46,6 +46,7 @@ from sluice.orchestrate.progress import Progress
 from sluice.orchestrate.saver import Saver, snapshots
 from sluice.train.base import Critic, StepStats, Trainer
 from sluice.types import Group, Scored, Version
+from sluice.weights.base import Published
 from sluice.weights.lineage import Lineage
 from sluice.weights.store import WeightStore
 
@@ -83,7 +84,8 @@ class Loop:
         self._parts = parts
         self.progress = progress
         self._dropped: list[Dropped] = []
-        self._measuring = Measuring(parts.evaluator, progress, parts.view, parts.sinks)
+        self.measuring = Measuring(parts.evaluator, progress, parts.view, parts.sinks)
+        self._published: Published | None = None
 
     async def run(self) -> None:
         """Train `config.steps` batches, evaluating and checkpointing on the way."""
@@ -115,40 +117,34 @@ class Loop:
             published = await parts.beside(parts.store.publish, parts.trainer, self.progress.step)
             born = published.manifest
             await parts.journal.write(*records, VersionRecord(born.version, born.parent, born.checksum))
-        await self._measured()
+        await self._released()
         with self._phase("publish"):
             await parts.pool.serve(published)
+        self._published = published
         return born.version
 
     async def evaluate(self, *, wait: bool) -> None:
-        """Begin to measure the weights in use on the held-out prompts; they are in use until that has ended.
+        """Begin to measure the weights in use on the held-out prompts. The evaluation before has ended then.
 
         Args:
             wait: return when it has ended; always so unless `evaluation.beside`.
         """
-        self._measuring.begin(self._in_use())
+        await self._measured()
+        assert self._published is not None  # `publish` comes first
+        self.measuring.begin(self._published)
         if wait or not self._config.evaluation.beside:
             await self._measured()
 
-    async def close(self) -> None:
-        """End what is under way."""
-        await self._measuring.close()
-
     async def _measured(self) -> None:
-        """Returns when no evaluation is under way: the version in use may change. Raises what one failed with."""
-        if self._measuring.under_way:
+        """Returns when no evaluation is under way. Raises what one failed with."""
+        if self.measuring.under_way:
             with self._phase("evaluate"):
-                await self._measuring.settle()
+                await self.measuring.settle()
 
-    async def measured(self) -> EvalResult:
-        """The evaluation of the weights in use, measured now."""
-        await self.evaluate(wait=True)
-        return self.evaluations[self.progress.batch]
-
-    @property
-    def evaluations(self) -> Mapping[int, EvalResult]:
-        """By batch, those of this process."""
-        return self._measuring.results
+    async def _released(self) -> None:
+        """Returns when no evaluation reads the engine's weights: they may change."""
+        if not self.measuring.apart:
+            await self._measured()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -165,7 +161,7 @@ class Loop:
         self._dropped = []
         self._dispatch()
         while not parts.buffer.ready():
-            scored = await self._measuring.unless_failed(parts.producer.next())
+            scored = await self.measuring.unless_failed(parts.producer.next())
             dropped = parts.buffer.add(scored)
             if dropped:
                 await self._record_drops(dropped)
@@ -204,7 +200,7 @@ class Loop:
             judged, whole = [pad(group) for group in judged], judged
             padding = padding_metrics(whole, judged, by_task=several)
         if self._config.placement.colocate:
-            await self._measured()  # the engine is about to be drained
+            await self._released()  # the engine is about to be drained
         await parts.pool.train()
         with self._phase("score"):
             scored = await parts.beside(parts.learner.score, judged)
@@ -276,11 +272,13 @@ class Loop:
         metrics |= {f"time/{name}": value for name, value in parts.timer.lap().items()}
         metrics |= {**parts.figures(), **parts.pool.figures(), **parts.saver.figures()}
         parts.view.step(progress.batch, metrics)
-        self._measuring.row(progress.batch, metrics)
+        self.measuring.row(progress.batch, metrics)
 
     async def checkpoint(self) -> None:
         """Begin to write everything that a resumed run needs, as it is now; what was begun before is finished first."""
         parts, progress = self._parts, self.progress
+        if self.measuring.batch < progress.batch:  # a run resumed from here could not measure those weights again
+            await self._measured()
         with self._phase("checkpoint"):
             await parts.saver.settle()
             write = await parts.beside(snapshots, parts.trainer, parts.critic, copy=parts.saver.background)

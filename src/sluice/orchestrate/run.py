@@ -158,7 +158,7 @@ class Run(ABC):
                 timer=self._timer, beside=beside, figures=supply.figures, tasks=supply.tasks,
             )  # fmt: skip
             loop = self._make_loop(parts, progress)
-            stack.push_async_callback(loop.close)
+            stack.push_async_callback(loop.measuring.close)
             return await self._drive(loop, parts, fresh=checkpoint is None)
 
     async def _drive(self, loop: Loop, parts: Parts, *, fresh: bool) -> Summary:
@@ -183,8 +183,9 @@ class Run(ABC):
             await loop.checkpoint()
         await loop.run()
         before = EvalResult.from_json(loop.progress.before) if loop.progress.before else None
-        after = loop.evaluations.get(loop.progress.batch, before if self._config.steps == 0 else None)
-        after = await loop.measured() if after is None and parts.evaluator else after
+        if parts.evaluator and loop.progress.batch not in loop.measuring.results and (self._config.steps or not before):
+            await loop.evaluate(wait=True)
+        after = loop.measuring.results.get(loop.progress.batch, before)
         summary = self._summary(loop, before, after)
         summary.write(self._folder / "summary.json")
         if before and after:
@@ -285,9 +286,8 @@ class Run(ABC):
             tell=self._view.log,
         )  # fmt: skip
         stack.callback(close)
-        for sink in sinks:
-            if self._resume:
-                sink.truncate_after(rows)
+        for sink in sinks if self._resume else ():
+            sink.truncate_after(rows)
         return sinks
 
     def _summary(self, loop: Loop, before: EvalResult | None, after: EvalResult | None) -> Summary:
