@@ -112,8 +112,36 @@ def test_guests_ask_for_no_room_of_their_own() -> None:
     hosts, guests = by_turns([Part(1.0), Part(1.0)], [Part(2.0)] * 3)
     assert [part.bundle for part in hosts] == [{"CPU": 2.0}, {"CPU": 2.0}]
     assert [part.guest_of for part in guests] == [0, 1, 0]
-    with pytest.raises(ConfigError, match="on accelerators is not there yet"):
-        by_turns([Part(1.0, 1)], [Part(1.0, 1)])
+    with pytest.raises(ConfigError, match="takes 2"):
+        by_turns([Part(1.0, 1)], [Part(1.0, 2)])
+
+
+@pytest.mark.parametrize("engines", [2, 4])
+def test_a_guest_finds_the_accelerator_of_its_host(engines: int) -> None:
+    """Ray hands out accelerators that a node says it has; that these are none makes no difference to who gets which."""
+    hosts, guests = by_turns([Part(0.1, 1)] * 2, [Part(0.1, 1)] * engines)
+    with token.as_it_was():
+        ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, log_to_driver=False)
+        try:
+            room = Room([*hosts, *guests], seconds=60)
+            kind: Any = ray.remote(Sees)
+            actors = [kind.options(**room.place(number)).remote() for number in range(2 + engines)]
+            seen = ray.get([actor.accelerators.remote() for actor in actors], timeout=120)
+            assert sorted(seen[:2]) == [["0"], ["1"]]
+            assert [seen[part.guest_of or 0] for part in guests] == seen[2:]
+            ray.kill(actors[2])
+            again = kind.options(**room.place(2)).remote()  # a server that died is started again in its old place
+            assert ray.get(again.accelerators.remote(), timeout=120) == seen[2]
+            room.close()
+        finally:
+            ray.shutdown()
+
+
+class Sees:
+    """An actor that says which accelerators it was given."""
+
+    def accelerators(self) -> list[str]:
+        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
 
 
 def test_a_run_goes_on_elsewhere(tmp_path: Path) -> None:
@@ -202,7 +230,6 @@ def running() -> Iterator[str]:
                     process.kill()
 
 
-@ray.remote(num_cpus=1, name="somebody", namespace="others", lifetime="detached")
 class Somebody:
     """An actor of another program on the same cluster."""
 
@@ -218,7 +245,8 @@ class Somebody:
 def somebody(running: str) -> Iterator[str]:
     """The cluster with somebody else's actor on it, who was asked once."""
     with connected(running):
-        actor: Any = Somebody.remote()  # type: ignore[attr-defined]
+        kind: Any = ray.remote(Somebody)
+        actor = kind.options(num_cpus=1, name="somebody", namespace="others", lifetime="detached").remote()
         assert ray.get(actor.ask.remote()) == 1
     yield running
     with connected(running):

@@ -144,11 +144,14 @@ class Part:
     Attributes:
         cpus, accelerators: that it asks for.
         guest_of: number of the part whose room it shares by turns: it asks for none of its own. Hosts come first.
+        share: of an accelerator that actor and guests of one room hold each, so that all are given the same one;
+            0 where nobody shares.
     """
 
     cpus: float
     accelerators: int = 0
     guest_of: int | None = None
+    share: float = 0.0
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -216,7 +219,7 @@ class Room:
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=group or self._group, placement_group_bundle_index=0 if group else bundle
         )
-        own = {"num_cpus": 0, "num_gpus": 0} if guest else {"num_cpus": part.cpus, "num_gpus": part.accelerators}
+        own = {"num_cpus": 0.0 if guest else part.cpus, "num_gpus": part.share or (0 if guest else part.accelerators)}
         return {**own, "scheduling_strategy": strategy}
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from sluice.orchestrate.ray.engines import RayHosts
 from sluice.orchestrate.ray.ranks import RayCrew
 from sluice.orchestrate.trainers import Trainers
 from sluice.train.ranks.crew import Crew
+
+SHARES = 10_000
+"""Into how many Ray divides an accelerator at most."""
 
 
 def rank_parts(config: RunConfig, device: str) -> list[Part]:
@@ -38,19 +42,23 @@ def engine_parts(config: RunConfig, device: str) -> list[Part]:
 
 
 def by_turns(ranks: Sequence[Part], engines: Sequence[Part]) -> tuple[list[Part], list[Part]]:
-    """Parts of which the second kind sits in the room of the first.
+    """Parts of which the second kind sits in the room of the first, and finds the same accelerator there.
 
     Raises:
-        ConfigError: on accelerators: which one a guest finds there is not Ray's to say.
+        ConfigError: an engine spans several accelerators: a rank has one.
     """
-    if any(part.accelerators for part in (*ranks, *engines)):
+    if any(part.accelerators > 1 for part in engines):
         raise ConfigError(
-            "placement.colocate on accelerators is not there yet with placement.runtime = 'ray'",
-            hint="placement.runtime = 'inline' on one host, or placement.colocate = false",
+            "placement.colocate with placement.runtime = 'ray' gives an engine the accelerator of one rank, and this "
+            f"one takes {max(part.accelerators for part in engines)} (tp x pp x dp)",
+            hint="engines of one accelerator, placement.runtime = 'inline' on one host, or placement.colocate = false",
         )
     room = max(part.cpus for part in (*ranks, *engines))
-    hosts = [Part(room) for _ in ranks]
-    return hosts, [Part(part.cpus, guest_of=number % len(hosts)) for number, part in enumerate(engines)]
+    guests = math.ceil(len(engines) / len(ranks))
+    accelerators = max(part.accelerators for part in ranks)
+    share = SHARES // (guests + 1) / SHARES if accelerators else 0.0
+    hosts = [Part(room, accelerators, share=share) for _ in ranks]
+    return hosts, [Part(p.cpus, guest_of=number % len(hosts), share=share) for number, p in enumerate(engines)]
 
 
 @dataclass(frozen=True, slots=True)
