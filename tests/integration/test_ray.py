@@ -124,7 +124,7 @@ def test_a_guest_finds_the_accelerator_of_its_host(engines: int) -> None:
         ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, log_to_driver=False)
         try:
             room = Room([*hosts, *guests], seconds=60)
-            kind: Any = ray.remote(Sees)
+            kind = seeing()
             actors = [kind.options(**room.place(number)).remote() for number in range(2 + engines)]
             seen = ray.get([actor.accelerators.remote() for actor in actors], timeout=120)
             assert sorted(seen[:2]) == [["0"], ["1"]]
@@ -137,11 +137,14 @@ def test_a_guest_finds_the_accelerator_of_its_host(engines: int) -> None:
             ray.shutdown()
 
 
-class Sees:
-    """An actor that says which accelerators it was given."""
+def seeing() -> Any:
+    """A class of actors that say which accelerators they were given; local, so that Ray sends it along."""
 
-    def accelerators(self) -> list[str]:
-        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    class Sees:
+        def accelerators(self) -> list[str]:
+            return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+
+    return ray.remote(Sees)
 
 
 def test_a_run_goes_on_elsewhere(tmp_path: Path) -> None:
@@ -230,23 +233,25 @@ def running() -> Iterator[str]:
                     process.kill()
 
 
-class Somebody:
-    """An actor of another program on the same cluster."""
+def another_program() -> Any:
+    """A class of actors of another program on the same cluster."""
 
-    def __init__(self) -> None:
-        self.asked = 0
+    class Somebody:
+        def __init__(self) -> None:
+            self.asked = 0
 
-    def ask(self) -> int:
-        self.asked += 1
-        return self.asked
+        def ask(self) -> int:
+            self.asked += 1
+            return self.asked
+
+    return ray.remote(Somebody)
 
 
 @pytest.fixture
 def somebody(running: str) -> Iterator[str]:
     """The cluster with somebody else's actor on it, who was asked once."""
     with connected(running):
-        kind: Any = ray.remote(Somebody)
-        actor = kind.options(num_cpus=1, name="somebody", namespace="others", lifetime="detached").remote()
+        actor = another_program().options(num_cpus=1, name="somebody", namespace="others", lifetime="detached").remote()
         assert ray.get(actor.ask.remote()) == 1
     yield running
     with connected(running):
