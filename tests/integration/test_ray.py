@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from tests.integration.test_elastic import gated, scaled_while_it_trains
+from tests.integration.test_elastic_run import gated, scaled_while_it_trains
 from tests.tiny import tiny
 
 from sluice.config import RunConfig
