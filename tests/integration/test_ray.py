@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +316,60 @@ def test_a_run_on_a_cluster_is_scaled(tmp_path: Path, running: str) -> None:
     served = scaled_while_it_trains(config)
     assert served[-1] == 2
     assert 3 in served
+    with connected(running):
+        until(lambda: ray.available_resources().get("CPU") == 4)  # told with a delay
+
+
+class Watching(NullView):
+    """Does something when a batch was trained."""
+
+    def __init__(self, batch: int, then: Callable[[], None]) -> None:
+        self._batch, self._then = batch, then
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step == self._batch:
+            self._then()
+
+
+@contextmanager
+def another_node(address: str, cpus: int) -> Iterator[Callable[[], None]]:
+    """One more node of a cluster, and what takes it away from one moment to the next."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", f"--num-cpus={cpus}",
+               "--node-ip-address=127.0.0.1", "--block"]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    ) as node:  # fmt: skip
+
+        def lose() -> None:
+            tree = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+            for process in tree:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(tree, timeout=20)
+
+        try:
+            yield lose
+        finally:
+            if node.poll() is None:
+                lose()
+
+
+def test_a_node_that_is_lost_for_good(tmp_path: Path, running: str) -> None:
+    """The server that was there is not coming back: the run goes on with the other one, and ends."""
+    with another_node(running, 3) as lose:
+        with connected(running):
+            until(lambda: ray.cluster_resources().get("CPU") == 7)
+        config = recipe(
+            tmp_path, "ray", steps=5, placement={"runtime": "ray", "address": running}, train={"ranks": 1},
+            rollout={"embedded": {"servers": 2, "threads": 3}}, data={"gate": {"max_lag": 1}},
+        )  # fmt: skip
+        api.train(config, view=Watching(2, lose))
+    rows = read_metrics(config.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[1]["engine/servers"] == 2
+    assert rows[-1]["engine/servers"] == 1
+    assert account(LogReader(config.folder / "log").read(kinds=ACCOUNTED)).complete
     with connected(running):
         until(lambda: ray.available_resources().get("CPU") == 4)  # told with a delay
 
