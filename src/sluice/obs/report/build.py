@@ -26,7 +26,7 @@ EPISODE_BYTES = 8 << 20
 """All embedded episodes together; what does not fit is left out and said."""
 POINTS = 1_000
 """Points of a curve; a longer run is shown by the means of equal stretches of steps."""
-_FATES = ("trained", "dropped", "excluded")
+_FATES = ("trained", "dropped", "excluded", "kept")
 _EVENTS = 200
 _CONFIG_LENGTH = 2_000
 

@@ -1,6 +1,6 @@
 // What became of the episodes: trained, dropped, excluded, and why.
 
-const FATES = [["trained", 2], ["dropped", 1], ["excluded", 4]];
+const FATES = [["trained", 2], ["dropped", 1], ["excluded", 4], ["kept", 0]];
 
 function showFates() {
   const section = at("fates");
