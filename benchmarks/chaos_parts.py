@@ -117,7 +117,8 @@ class Parts:
         """End connections of a process, closed or reset, and say how many.
 
         All that clients have to the gateway at once; half the time a rank's connection to the controller, a socket pair
-        whose number is its last argument but one; else one or all of the process's TCP connections, the gateway's left out.
+        whose number is its last argument but one; else one or all of the process's TCP connections, the gateway's left
+        out.
         """
         reset, one, control = (chance.random() < 0.5 for _ in range(3))
         if part == "rank" and control:
