@@ -35,6 +35,11 @@ def resolve(name: str) -> str:
     return f"cuda:{index or 0}"
 
 
+def index(device: str) -> int:
+    """Number of a resolved accelerator among those this process sees; 0 for the CPU."""
+    return int(device.partition(":")[2] or 0)
+
+
 def several(device: str, count: int) -> list[str]:
     """The devices of `count` ranks: the CPU for each, or one accelerator each, from `device` on.
 
@@ -43,7 +48,7 @@ def several(device: str, count: int) -> list[str]:
     """
     if device == "cpu":
         return [device] * count
-    first, there = int(device.partition(":")[2] or 0), torch.cuda.device_count()
+    first, there = index(device), torch.cuda.device_count()
     if first + count > there:
         raise ConfigError(
             f"train.ranks = {count} wants an accelerator each, from {device} on, and {there} are visible",

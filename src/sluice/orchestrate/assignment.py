@@ -29,7 +29,7 @@ def assign(config: RunConfig, device: str) -> RolloutConfig:
     named = any(group.devices or group.nodes > 1 for group in rollout.sglang.groups)
     if rollout.engine != "sglang" or rollout.sglang.urls or named or len(visible) <= 1:
         return rollout
-    first, ranks = int(device.partition(":")[2] or 0), config.train.ranks
+    first, ranks = devices.index(device), config.train.ranks
     pool = visible[first : first + ranks] if config.placement.colocate else visible[first + ranks :]
     if wanted > len(pool):
         whose = f"the trainer has {len(pool)}" if config.placement.colocate else f"{len(pool)} are left beside it"
@@ -58,7 +58,7 @@ def spare(config: RunConfig, device: str) -> list[str] | None:
         return []
     used = sum(group.accelerators * group.engines for group in groups)
     used += config.evaluation.servers * groups[0].accelerators
-    left = iter(visible[int(device.partition(":")[2] or 0) + config.train.ranks + used :])
+    left = iter(visible[devices.index(device) + config.train.ranks + used :])
     size = groups[0].accelerators
     return [",".join(each) for each in zip(*[left] * size, strict=False)]
 
@@ -80,7 +80,7 @@ def assign_evaluation(config: RunConfig, device: str) -> RolloutConfig:
     each = rollout.sglang.groups[0]  # the only one, see `RunConfig`
     group = each.model_copy(update={"engines": count})
     if visible:
-        first = int(device.partition(":")[2] or 0) + config.train.ranks
+        first = devices.index(device) + config.train.ranks
         left = visible[first + (0 if config.placement.colocate else each.accelerators * each.engines) :]
         if count * group.accelerators > len(left):
             raise ConfigError(

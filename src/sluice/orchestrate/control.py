@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from sluice.config.run import RunConfig
 from sluice.errors import ConfigError, EngineError
@@ -30,11 +30,13 @@ PROCESS = secrets.token_hex(8)
 class Stored:
     """A small file, replaced as a whole."""
 
+    FILE: ClassVar[str]
+
     @classmethod
     def read(cls, folder: Path) -> Self | None:
         """From the run folder; None when there is none, or none that can be read."""
         try:
-            found: Any = json.loads((folder / FOLDER / cls.file()).read_text(encoding="utf-8"))
+            found: Any = json.loads((folder / FOLDER / cls.FILE).read_text(encoding="utf-8"))
             return cls(**{each.name: found[each.name] for each in fields(cls)})
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -43,30 +45,24 @@ class Stored:
         """Into the run folder."""
         place = folder / FOLDER
         place.mkdir(exist_ok=True)
-        torn = place / f".{self.file()}.{secrets.token_hex(4)}"
+        torn = place / f".{self.FILE}.{secrets.token_hex(4)}"
         torn.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        torn.replace(place / self.file())
+        torn.replace(place / self.FILE)
 
     @classmethod
     def remove(cls, folder: Path) -> None:
-        (folder / FOLDER / cls.file()).unlink(missing_ok=True)
-
-    @classmethod
-    def file(cls) -> str:
-        raise NotImplementedError
+        (folder / FOLDER / cls.FILE).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Wish(Stored):
     """So many servers, asked of a process under an id of its own."""
 
+    FILE: ClassVar[str] = "wish.json"
+
     id: str
     process: str
     servers: int
-
-    @classmethod
-    def file(cls) -> str:
-        return "wish.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +79,8 @@ class Standing(Stored):
         faults: why newcomers did not come up.
     """
 
+    FILE: ClassVar[str] = "servers.json"
+
     process: str
     pid: int
     taken: str
@@ -93,10 +91,6 @@ class Standing(Stored):
     leaving: int
     limit: int | None
     faults: Sequence[str] = ()
-
-    @classmethod
-    def file(cls) -> str:
-        return "servers.json"
 
     @property
     def settled(self) -> bool:
