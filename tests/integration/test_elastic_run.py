@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -29,7 +30,7 @@ from sluice.obs.metrics import read_metrics
 from sluice.obs.view import NullView
 from sluice.orchestrate import api, control
 from sluice.orchestrate.control import Standing
-from sluice.rollout.engines.base import Generation
+from sluice.rollout.engines.base import GenerateRequest, Generation
 from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.sglang import keeper
 from sluice.rollout.engines.sglang.fleet import SGLangFleet
@@ -60,22 +61,31 @@ async def frozen_until_cut(member: Member) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
+@asynccontextmanager
+async def compared(
+    folder: Path, servers: int, told: list[str], **options: Any
+) -> AsyncIterator[tuple[SGLangFleet, list[GenerateRequest], list[Generation]]]:
+    """A fleet, turns for it, and what the engine in this process draws for them under the same weights."""
+    write_tiny_model(folder / "model")
+    weights = Weights(folder / "model", folder / "weights")
+    here = EmbeddedEngine.from_model(weights.model, None, EmbeddedConfig(**SIZES))
+    engine = fleet(folder, servers, told, **options)
+    try:
+        await engine.start()
+        published = weights.publish()
+        await asyncio.gather(engine.apply(published), here.apply(published))
+        turns = [ask(number, tokens=200, routing_key=f"e{number}") for number in range(24)]
+        yield engine, turns, await asyncio.gather(*(here.generate(each) for each in turns))
+    finally:
+        await asyncio.gather(engine.close(), here.close())
+
+
 def test_one_to_three_to_one_under_turns(tmp_path: Path) -> None:
     """Every turn is the one that the engine in this process draws, wherever its parts were drawn."""
-    write_tiny_model(tmp_path / "model")
-    weights = Weights(tmp_path / "model", tmp_path / "weights")
 
     async def body() -> None:
         told: list[str] = []
-        here = EmbeddedEngine.from_model(weights.model, None, EmbeddedConfig(**SIZES))
-        engine = fleet(tmp_path, 1, told)
-        try:
-            await engine.start()
-            published = weights.publish()
-            await asyncio.gather(engine.apply(published), here.apply(published))
-            turns = [ask(number, tokens=200, routing_key=f"e{number}") for number in range(24)]
-            expected = await asyncio.gather(*(here.generate(each) for each in turns))
-
+        async with compared(tmp_path, 1, told) as (engine, turns, expected):
             running = asyncio.gather(*(engine.generate(each) for each in turns))
             engine.elastic.scale(3)
             await settled(engine)
@@ -100,8 +110,6 @@ def test_one_to_three_to_one_under_turns(tmp_path: Path) -> None:
             servers = [each for each in psutil.Process().children(recursive=True) if "embedded.server" in
                        " ".join(cmd(each))]  # fmt: skip
             assert len(servers) == 1
-        finally:
-            await asyncio.gather(engine.close(), here.close())
 
     run(body)
 
@@ -117,19 +125,10 @@ def alike(got: Sequence[Generation], expected: Sequence[Generation]) -> None:
 def test_a_server_that_gets_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM from outside: its turns come back as tokens and go on elsewhere, and another one takes its place."""
     monkeypatch.setattr(keeper, "LEASE_SECONDS", 0.1)
-    write_tiny_model(tmp_path / "model")
-    weights = Weights(tmp_path / "model", tmp_path / "weights")
 
     async def body() -> None:
         told: list[str] = []
-        here = EmbeddedEngine.from_model(weights.model, None, EmbeddedConfig(**SIZES))
-        engine = fleet(tmp_path, 2, told, restarts=0)
-        try:
-            await engine.start()
-            published = weights.publish()
-            await asyncio.gather(engine.apply(published), here.apply(published))
-            turns = [ask(number, tokens=200, routing_key=f"e{number}") for number in range(24)]
-            expected = await asyncio.gather(*(here.generate(each) for each in turns))
+        async with compared(tmp_path, 2, told, restarts=0) as (engine, turns, expected):
             running = asyncio.gather(*(engine.generate(each) for each in turns))
             await all_busy(engine)
             (first, _) = engine.members()
@@ -138,8 +137,6 @@ def test_a_server_that_gets_a_notice(tmp_path: Path, monkeypatch: pytest.MonkeyP
             await until(lambda: f"{first.name}: serving again" in told)
             assert f"{first.name}: lost: it was told to end" in told
             assert engine.figures()["engine/restarts"] == 0
-        finally:
-            await asyncio.gather(engine.close(), here.close())
 
     run(body)
 
