@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from sluice.errors import TrainError
@@ -44,10 +44,11 @@ def check_shapes(path: Path, config: PretrainedConfig) -> None:
         if shape is not None and found != shape:
             raise TrainError(
                 f"{name} in {path} is {list(found or ())}, but config.json makes it {list(shape)}"
-                f"{_blame(config, shape, found or ())}",
+                f"{blame(config, shape, found or ())}",
                 hint="config.json and the safetensors files are of different models: copy both from the same place",
             )
-    _check_tied(path, model, files)
+    for target, source in model.all_tied_weights_keys.items():
+        check_tied(path, target, source, files)
 
 
 def check_report(path: Path, config: PretrainedConfig, report: Mapping[str, Collection[str]]) -> None:
@@ -116,7 +117,7 @@ def _shape(file: Path, name: str) -> tuple[int, ...]:
         ) from error
 
 
-def _blame(config: PretrainedConfig, expected: tuple[int, ...], found: tuple[int, ...]) -> str:
+def blame(config: PretrainedConfig, expected: tuple[int, ...], found: tuple[int, ...]) -> str:
     """The fields of the config whose value is an expected size that the file contradicts."""
     wrong = {ours for ours, theirs in zip(expected, found, strict=False) if ours != theirs}
     sizes = {key: value for key, value in config.get_text_config().to_dict().items() if type(value) is int}
@@ -124,14 +125,18 @@ def _blame(config: PretrainedConfig, expected: tuple[int, ...], found: tuple[int
     return f" ({', '.join(fields)})" if fields else ""
 
 
-def _check_tied(path: Path, model: PreTrainedModel, files: Mapping[str, Path]) -> None:
-    for target, source in model.all_tied_weights_keys.items():
-        if target not in files or source not in files:
-            continue
-        with safe_open(files[target], framework="pt") as one, safe_open(files[source], framework="pt") as two:
-            same = torch.equal(one.get_tensor(target), two.get_tensor(source))
-        if not same:
-            raise TrainError(
-                f"config.json in {path} says tie_word_embeddings = true, but {target} and {source} differ",
-                hint="set tie_word_embeddings = false in config.json, or restore the file from the model",
-            )
+def check_tied(path: Path, target: str, source: str, files: Mapping[str, Path]) -> None:
+    """Compare two tensors that the config ties, where `files` of the folder `path` holds both.
+
+    Raises:
+        TrainError: they differ.
+    """
+    if target not in files or source not in files:
+        return
+    with safe_open(files[target], framework="pt") as one, safe_open(files[source], framework="pt") as two:
+        same = torch.equal(one.get_tensor(target), two.get_tensor(source))
+    if not same:
+        raise TrainError(
+            f"config.json in {path} says tie_word_embeddings = true, but {target} and {source} differ",
+            hint="set tie_word_embeddings = false in config.json, or restore the file from the model",
+        )
