@@ -86,20 +86,19 @@ class Reader:
             for name, found in self._headers(file).items():
                 _check_tensor(name, found, file, expected.get(name), architecture)
                 self._slices[name] = found
-        absent = [name for name in expected if name not in self._slices]
-        if architecture.tied and _HEAD in absent:
-            absent.remove(_HEAD)
+        if architecture.tied:
+            expected.pop(_HEAD)
+            check_tied(path, _HEAD, _EMBEDDING, files)
+        absent = {name: shape for name, shape in expected.items() if name not in self._slices}
         if absent:
-            name = absent[0]
-            where = f"{files[name]}, which the index names for it," if name in files else str(path)
+            name, shape = next(iter(absent.items()))
             raise TrainError(
-                f"{name}, {list(expected[name])}, is missing from {where} and so are {len(absent) - 1} other tensors",
+                f"the weights in {path} lack {len(absent)} tensors that config.json asks for, first {name} "
+                f"{list(shape)}{f', which the index says is in {files[name].name}' if name in files else ''}",
                 hint="if the model's head is its embedding, config.json must say tie_word_embeddings = true"
-                if absent == [_HEAD]
+                if list(absent) == [_HEAD]
                 else "copy all safetensors shards of the model into the folder, with their config.json",
             )
-        if architecture.tied:
-            check_tied(path, _HEAD, _EMBEDDING, files)
 
     def _headers(self, file: Path) -> dict[str, Any]:
         try:

@@ -16,7 +16,12 @@ from sluice.errors import ConfigError
 from sluice.train.backends.megatron.families.base import Architecture, Family
 from sluice.train.backends.megatron.families.parameters import parameters
 
-_FIXED: dict[str, object] = {"hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}
+_FIXED: dict[str, object] = {
+    "hidden_act": "silu",
+    "attention_dropout": 0,
+    "is_causal": True,
+    "quantization_config": None,
+}
 """Fields that no family may set otherwise."""
 _CHANGING = frozenset({"dynamic", "longrope"})
 """Rope types whose frequencies depend on how long a sequence is."""

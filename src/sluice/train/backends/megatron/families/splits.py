@@ -25,7 +25,10 @@ class Split(Protocol):
     """The two directions between tensors of a checkpoint and the parts of the ranks."""
 
     def part(self, slices: Sequence[SafeSlice], rank: int, size: int) -> Tensor:
-        """What tensor-parallel rank `rank` of `size` holds. Of the slices only its rows or columns are read."""
+        """What tensor-parallel rank `rank` of `size` holds. Of the slices only its rows or columns are read.
+
+        Where the slices are tensors, it may share their memory.
+        """
         ...
 
     def whole(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
