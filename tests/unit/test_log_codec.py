@@ -29,6 +29,7 @@ from sluice.log import (
     ResumeRecord,
     RewardRecord,
     RunRecord,
+    TurnRecord,
     VersionRecord,
     to_json,
 )
@@ -157,6 +158,14 @@ def test_episodes_come_back_bit_for_bit(episode: Episode) -> None:
     back = through(EpisodeRecord(episode))
     assert isinstance(back, EpisodeRecord)
     assert same(back.episode, episode)
+
+
+@given(sampled_turns(), st.none() | st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_turns_of_unfinished_episodes_come_back_bit_for_bit(turn: Turn, bound: int | None) -> None:
+    record = TurnRecord("g000017.2", "00ff", turn, bound)
+    assert same(through(record), record)
+    assert keys(record) == ("g000017.2", 17)
 
 
 @given(st.builds(GroupRequest, ordinal=st.integers(0), prompt=prompts, n=st.integers(1, 64), sampling=samplings))

@@ -25,6 +25,7 @@ from sluice.log.records import (
     ResumeRecord,
     RewardRecord,
     RunRecord,
+    TurnRecord,
     VersionRecord,
 )
 from sluice.log.repair import Repair, repair
@@ -51,6 +52,7 @@ __all__ = [
     "ResumeRecord",
     "RewardRecord",
     "RunRecord",
+    "TurnRecord",
     "VersionRecord",
     "account",
     "drop_through",

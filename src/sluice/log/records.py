@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, TypeAlias
 
-from sluice.types import Episode, Floats, GroupRequest, Reward, Version
+from sluice.types import Episode, Floats, GroupRequest, Reward, Turn, Version
 
 
 class Kind(StrEnum):
@@ -29,6 +29,7 @@ class Kind(StrEnum):
     CHECKPOINT = "checkpoint"
     EVAL = "eval"
     FAULT = "fault"
+    TURN = "turn"
 
 
 class Disposition(StrEnum):
@@ -163,6 +164,22 @@ class FaultRecord:
     traceback: str = ""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TurnRecord:
+    """The engine ended a turn of an episode that is under way. Kept in a log of its own, until the episode is logged.
+
+    Attributes:
+        asked: digest of everything that was asked for; a request with the same one is answered by this turn.
+        bound: steps of lag that the gate promised for the episode's group; None when it promised nothing.
+    """
+
+    kind: ClassVar[Kind] = Kind.TURN
+    episode_id: str
+    asked: str
+    turn: Turn
+    bound: int | None = None
+
+
 Record: TypeAlias = (
     RunRecord
     | ResumeRecord
@@ -174,6 +191,7 @@ Record: TypeAlias = (
     | CheckpointRecord
     | EvalRecord
     | FaultRecord
+    | TurnRecord
 )
 
 RECORDS: Mapping[Kind, type[Record]] = {
@@ -189,6 +207,7 @@ RECORDS: Mapping[Kind, type[Record]] = {
         CheckpointRecord,
         EvalRecord,
         FaultRecord,
+        TurnRecord,
     )
 }
 
@@ -223,7 +242,7 @@ def keys(record: Record) -> tuple[str | None, int | None]:
             return None, request.ordinal
         case EpisodeRecord(episode):
             return episode.id, _ordinal(episode.group_id)
-        case RewardRecord(episode_id=id):
+        case RewardRecord(episode_id=id) | TurnRecord(episode_id=id):
             return id, _ordinal(id)
         case DispositionRecord(episode_id=id, group_id=group):
             return id, _ordinal(group)

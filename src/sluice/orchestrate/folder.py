@@ -11,6 +11,7 @@ runs/NAME/
     ranks/              logs of trainer ranks (`train.ranks`)
     evaluation/         engines/ and agents/ of the evaluation's own servers (`evaluation.servers`)
     log/                the durable episode log (`sluice episodes runs/NAME`)
+    turns/              turns of episodes that are under way (runners of several turns)
     checkpoints/        atomic, newest last
     tensorboard/        event files
     wandb/              W&B's files, and wandb.json with the run's id (`obs.wandb`)

@@ -11,6 +11,7 @@ from sluice import device
 from sluice.algos.base import Algorithm
 from sluice.checkpoint.store import CheckpointStore
 from sluice.config.run import RunConfig
+from sluice.config.runners import SingleTurnRunner
 from sluice.data.gate import Gate
 from sluice.errors import ConfigError
 from sluice.log.writer import LogWriter
@@ -20,7 +21,7 @@ from sluice.orchestrate.assignment import assign, assign_evaluation, spare
 from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.pool import Apart, Shared
-from sluice.orchestrate.producer import Producer, Recovered
+from sluice.orchestrate.producer import Found, Producer
 from sluice.orchestrate.run import Run, Supply
 from sluice.orchestrate.scaling import Scaler
 from sluice.orchestrate.serving import Rollout, open_rollout
@@ -35,8 +36,10 @@ from sluice.orchestrate.setup import (
     require,
 )
 from sluice.orchestrate.stall import Stall
+from sluice.orchestrate.turns import TurnLog
 from sluice.rewards.means import Means
 from sluice.rewards.rubric import Rubric
+from sluice.rollout.engines.continuing import Continuing
 from sluice.rollout.engines.embedded import EmbeddedEngine
 from sluice.rollout.engines.sglang import SGLangFleet
 from sluice.sandbox.sandbox import Sandbox
@@ -67,8 +70,11 @@ class InlineRun(Run):
             start, tokenizer, device=self._device, folder=self._folder, tell=self._view.log, hosts=self._hosts,
             shares=config.placement.colocate, spare=spare(config, self._device),
         )  # fmt: skip
+        gate = Gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
+        turns = self._turn_log(stack, gate, lineage)
+        continuing = Continuing(engine, turns) if turns is not None else None
         rollout = await open_rollout(
-            stack, config.rollout, engine, tokenizer, folder=self._folder,
+            stack, config.rollout, continuing or engine, tokenizer, folder=self._folder,
             template_kwargs=config.model.chat_template_kwargs, tell=self._view.log,
             beside=(*config.rewards, *(config.evaluation.rewards or ())),
         )  # fmt: skip
@@ -77,14 +83,21 @@ class InlineRun(Run):
         check_prompts(rollout.runner, data, config.rollout.sampling.max_new_tokens)
         pool = Shared(engine, sink, self._timer, self._device) if config.placement.colocate else Apart(sink)
         await pool.vacate()
-        gate = Gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
         stall = Stall(config.limits.stall_seconds)
 
-        def produce(recovered: dict[str, Recovered]) -> Producer:
+        def produce(found: Found) -> Producer:
+            if turns is not None and self._resume:
+                self._view.log(
+                    f"{turns.recall(found.episodes, found.first_group)} turns of unfinished episodes are kept"
+                )
             return Producer(
-                rollout.runner, self._rubric, rollout.chat, journal, seed=config.seed, recovered=recovered,
-                may_use=self._may_use(lineage, gate), stall=stall, retries=config.rollout.retries,
+                rollout.runner, self._rubric, rollout.chat, journal, seed=config.seed, recovered=found.episodes,
+                may_use=self._may_use(lineage, gate), stall=stall, retries=config.rollout.retries, turns=continuing,
             )  # fmt: skip
+
+        def figures() -> dict[str, float]:
+            own = engine.figures() if isinstance(engine, SGLangFleet) else {}
+            return own | (continuing.figures() if continuing is not None else {})
 
         return Supply(
             gate=gate,
@@ -95,9 +108,17 @@ class InlineRun(Run):
             produce=produce,
             evaluator=await self._evaluator(stack, start, rollout, journal, data, stall),
             elsewhere=not isinstance(engine, EmbeddedEngine),
-            figures=engine.figures if isinstance(engine, SGLangFleet) else dict,
+            figures=figures,
             tasks=data.tasks,
         )
+
+    def _turn_log(self, stack: AsyncExitStack, gate: Gate, lineage: Lineage) -> TurnLog | None:
+        """None where an episode is one turn."""
+        if isinstance(self._config.rollout.runner, SingleTurnRunner):
+            return None
+        turns = TurnLog(self._folder / "turns", gate=gate, lineage=lineage, tell=self._view.log)
+        stack.callback(turns.close)
+        return turns
 
     async def _evaluator(
         self, stack: AsyncExitStack, start: Path, rollout: Rollout, journal: Journal, data: Data, stall: Stall

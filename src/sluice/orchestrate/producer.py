@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
+from sluice.errors import LogError
 from sluice.log.records import Disposition, DispositionRecord, EpisodeRecord, FaultRecord, RewardRecord
 from sluice.orchestrate.comparing import Member, Table, failed
 from sluice.orchestrate.journal import Journal
@@ -17,6 +19,7 @@ from sluice.orchestrate.stall import Stall
 from sluice.rewards.base import VerifierFailure
 from sluice.rewards.rubric import Response, Rubric
 from sluice.rollout.chat.renderer import ChatRenderer
+from sluice.rollout.engines.continuing import Continuing
 from sluice.rollout.runners.base import EpisodeRequest, Runner
 from sluice.types import Episode, GroupRequest, Outcome, Reward, Scored, Version, expand
 
@@ -27,6 +30,19 @@ class Recovered:
 
     episode: Episode
     reward: Reward | None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the log of an interrupted run holds beyond its checkpoint.
+
+    Attributes:
+        episodes: finished ones by id, of groups from `first_group` on.
+        first_group: ordinal of the oldest group that is not over.
+    """
+
+    episodes: Mapping[str, Recovered] = field(default_factory=dict[str, Recovered])
+    first_group: int = 0
 
 
 class Producer:
@@ -45,6 +61,7 @@ class Producer:
         may_use: whether a recovered episode's version still belongs to the run; see `Lineage.in_line`.
         stall: deadline of `next`.
         retries: how often an infra failure is run again.
+        turns: the engine of the runner, where it keeps the turns of unfinished episodes.
     """
 
     def __init__(
@@ -59,6 +76,7 @@ class Producer:
         may_use: Callable[[Version], bool],
         stall: Stall,
         retries: int = 0,
+        turns: Continuing | None = None,
     ) -> None:
         self._runner, self._rubric, self._renderer, self._journal = runner, rubric, renderer, journal
         self._seed = seed
@@ -66,6 +84,7 @@ class Producer:
         self._may_use = may_use
         self._stall = stall
         self._retries = retries
+        self._turns = turns
         self._tasks: set[asyncio.Task[Scored]] = set()
         self._finished: asyncio.Queue[asyncio.Task[Scored]] = asyncio.Queue()
 
@@ -132,6 +151,8 @@ class Producer:
         """The episode, logged; None for an infra failure that is tried again: then the log has a fault."""
         began = time.monotonic()
         asked = EpisodeRequest.member(request, sample, seed=self._seed)
+        if self._turns is not None:
+            self._turns.begin(asked.id)
         try:
             episode = await self._runner.run(asked)
             again = episode.outcome is Outcome.INFRA_FAILURE and failures < self._retries
@@ -142,6 +163,8 @@ class Producer:
                 facts = {"seconds": round(time.monotonic() - began, 3)} | ({"failures": failures} if failures else {})
                 episode = replace(episode, info={**episode.info, **facts})
                 await self._journal.write(EpisodeRecord(episode))
+                if self._turns is not None:
+                    self._turns.end(asked.id)
             asked.receipt.settle(logged=True)
         finally:
             asked.receipt.settle(logged=False)
@@ -201,7 +224,10 @@ class Producer:
         return "".join(self._renderer.text(turn.ids) for turn in list(episode.sampled_turns())[-1:])
 
     async def close(self) -> None:
-        """Cancel what is under way and wait for it to end."""
+        """Cancel what is under way and wait for it to end; turns that were drawn are kept."""
+        if self._turns is not None:
+            with suppress(LogError):  # something else ended the run, and that is raised
+                await self._turns.keep()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

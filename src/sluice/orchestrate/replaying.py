@@ -10,7 +10,7 @@ from sluice.models.build import load_tokenizer
 from sluice.orchestrate.inline import facts
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.pool import Apart
-from sluice.orchestrate.producer import Producer, Recovered
+from sluice.orchestrate.producer import Found, Producer
 from sluice.orchestrate.replay import (
     NoEngine,
     RecordedStrategy,
@@ -60,9 +60,9 @@ class ReplayRun(Run):
         renderer = ChatRenderer(load_tokenizer(start))
         gate = replay_gate(config.data.gate, config.groups_per_step, algorithm.updates_per_batch)
 
-        def produce(recovered: dict[str, Recovered]) -> Producer:
+        def produce(found: Found) -> Producer:
             return ReplayProducer(
-                Recording(groups, lineage), self._rubric, renderer, journal, seed=config.seed, recovered=recovered,
+                Recording(groups, lineage), self._rubric, renderer, journal, seed=config.seed, recovered=found.episodes,
                 may_use=self._may_use(lineage, gate), stall=Stall(config.limits.stall_seconds), again=self._again,
             )  # fmt: skip
 

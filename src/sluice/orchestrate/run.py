@@ -37,7 +37,7 @@ from sluice.orchestrate.ledger import ledger
 from sluice.orchestrate.loop import Loop, Parts
 from sluice.orchestrate.placement import Placement
 from sluice.orchestrate.pool import Pool
-from sluice.orchestrate.producer import Producer, Recovered
+from sluice.orchestrate.producer import Found, Producer
 from sluice.orchestrate.progress import Progress
 from sluice.orchestrate.recovery import alive_episodes, alive_requests, first_alive, logged_episodes, logged_versions
 from sluice.orchestrate.saver import Saver
@@ -70,7 +70,7 @@ class Supply:
     sampling: SamplingParams
     filters: Sequence[GroupFilter]
     pool: Pool
-    produce: Callable[[dict[str, Recovered]], Producer]
+    produce: Callable[[Found], Producer]
     evaluator: Evaluator | None
     elsewhere: bool
     figures: Callable[[], Mapping[str, float]]
@@ -140,8 +140,8 @@ class Run(ABC):
             supply = await self._supply(stack, start, data, journal, algorithm, lineage)
             trainer, critic = self._make_trainer(stack, start, algorithm, frozen)
             buffer = Buffer(supply.gate, supply.strategy, sampling=supply.sampling, filters=supply.filters)
-            progress, recovered = self._restore(checkpoint, buffer, lineage, trainer, critic, journal)
-            producer = supply.produce(recovered)
+            progress, found = self._restore(checkpoint, buffer, lineage, trainer, critic, journal)
+            producer = supply.produce(found)
             stack.push_async_callback(producer.close)
             apart = supply.elsewhere or not isinstance(trainer, TorchTrainer)
             beside = Beside(apart=apart, threads=config.threads)
@@ -232,27 +232,27 @@ class Run(ABC):
         trainer: Trainer,
         critic: Critic | None,
         journal: Journal,
-    ) -> tuple[Progress, dict[str, Recovered]]:
+    ) -> tuple[Progress, Found]:
         """Bring everything to where the checkpoint stood; find what the log holds beyond it."""
         if not self._resume:
-            return Progress(), {}
+            return Progress(), Found()
         log = self._folder / "log"
         if checkpoint is None:  # killed before the first checkpoint: begin again, keep finished episodes
             journal.write_now(ResumeRecord(0, 0))
-            return Progress(), logged_episodes(log, 0)
+            return Progress(), Found(logged_episodes(log, 0))
         state = checkpoint.state()
         progress = Progress(**state["progress"])
         lineage.load_state_dict(state["lineage"])
         lineage.rewind(Version.parse(state["version"]))
-        recovered = logged_episodes(log, first_alive(state["buffer"]))
         alive = state["buffer"]
-        buffer.load_state_dict(alive, alive_requests(log, alive), alive_episodes(alive, recovered))
+        found = Found(logged_episodes(log, first_alive(alive)), first_alive(alive))
+        buffer.load_state_dict(alive, alive_requests(log, alive), alive_episodes(alive, found.episodes))
         trainer.load_state(checkpoint.model, checkpoint.trainer)
         if critic is not None:
             critic.load_state(checkpoint.critic)
         self._timer.load_state_dict(state["timer"])
         journal.write_now(ResumeRecord(progress.step, int(state["cursor"])))
-        return progress, recovered
+        return progress, found
 
     def _may_use(self, lineage: Lineage, gate: Gate) -> Callable[[Version], bool]:
         """Where the gate waits, an episode of an abandoned version, or of one too old, is sampled again; else the gate
