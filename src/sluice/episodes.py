@@ -24,6 +24,7 @@ from sluice.log.records import (
     EvalRecord,
     Kind,
     ResumeRecord,
+    TurnRecord,
     VersionRecord,
     keys,
 )
@@ -97,11 +98,14 @@ def run_folder(run: str) -> Path:
 
 
 def select(folder: Path, query: Query) -> Iterator[Entry]:
-    """The wanted entries of the log in a run folder, in log order."""
-    reader = LogReader(folder / "log")
+    """The wanted entries of the log in a run folder, in log order; turns lie in a log of their own, if at all."""
+    turns = folder / "turns"
+    if query.kind is Kind.TURN and not turns.is_dir():
+        return iter(())
+    reader = LogReader(turns if query.kind is Kind.TURN else folder / "log")
     tests: list[Callable[[Entry], bool]] = []
     if query.step is not None:
-        trained = set(account(reader.read(kinds=ACCOUNTED)).trained_at(query.step))
+        trained = set(account(LogReader(folder / "log").read(kinds=ACCOUNTED)).trained_at(query.step))
         tests.append(lambda entry: _at_step(entry, query.step, trained))
     if query.group is not None:
         tests.append(lambda entry: keys(entry.record)[1] == query.group)
@@ -147,6 +151,8 @@ def render(folder: Path, entries: Iterable[Entry], *, text: bool) -> Iterator[di
             for segment in line["episode"]["segments"]:
                 for turn in segment["turns"]:
                     turn["text"] = decode(turn["ids"])
+        if decode is not None and isinstance(entry.record, TurnRecord):
+            line["turn"]["text"] = decode(line["turn"]["ids"])
         yield line
 
 

@@ -162,7 +162,7 @@ def test_no_arguments_show_the_help_and_version_the_version(capsys: pytest.Captu
         (
             ["episodes", "x", "--kind", "episod"],
             "--kind episod: not one of run, resume, group, episode, reward, disposition, version, checkpoint, "
-            "eval, fault\n  → did you mean episode?",
+            "eval, fault, turn\n  → did you mean episode?",
         ),
         (
             ["episodes", "x", "--group", "x1"],

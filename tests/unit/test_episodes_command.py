@@ -22,6 +22,7 @@ from sluice.log import (
     ResumeRecord,
     RewardRecord,
     RunRecord,
+    TurnRecord,
     VersionRecord,
 )
 from sluice.types import (
@@ -115,6 +116,19 @@ def test_everything_in_order_by_path_or_name(folder: Path, capsys: pytest.Captur
 )
 def test_filters(folder: Path, arguments: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert kinds(lines(capsys, str(folder), *arguments)) == expected
+
+
+def test_turns_of_unfinished_episodes_are_found_beside_the_log(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lines(capsys, str(folder), "--kind", "turn") == []
+    turn = next(episode(GroupRequest(1, PROMPT, 2, SAMPLING), 1).sampled_turns())
+    with LogWriter(folder / "turns") as log:
+        log.append_many([TurnRecord(f"g00000{ordinal}.1", "00ff", turn) for ordinal in range(2)])
+    found = lines(capsys, str(folder), "--kind", "turn", "--group", "1")
+    assert [line["episode_id"] for line in found] == ["g000001.1"]
+    assert lines(capsys, str(folder), "--kind", "turn", "--step", "1") == []
+    assert "turn" not in kinds(lines(capsys, str(folder)))
 
 
 def test_text_decodes_each_turn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
