@@ -86,10 +86,8 @@ class InlineRun(Run):
         stall = Stall(config.limits.stall_seconds)
 
         def produce(found: Found) -> Producer:
-            if turns is not None and self._resume:
-                self._view.log(
-                    f"{turns.recall(found.episodes, found.first_group)} turns of unfinished episodes are kept"
-                )
+            if turns is not None and self._resume and (kept := turns.recall(found.episodes, found.first_group)):
+                self._view.log(f"unfinished episodes go on from {kept} turns")
             return Producer(
                 rollout.runner, self._rubric, rollout.chat, journal, seed=config.seed, recovered=found.episodes,
                 may_use=self._may_use(lineage, gate), stall=stall, retries=config.rollout.retries, turns=continuing,
