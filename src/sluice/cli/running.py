@@ -35,6 +35,10 @@ def train(
     rollout_gpus: Annotated[
         int | None, typer.Option("--rollout-gpus", min=1, metavar="N", help="Devices of all engines together.")
     ] = None,
+    trainer: Annotated[
+        str | None,
+        typer.Option("--trainer", metavar="BACKEND", help="Who trains: torch or megatron (train.backend)."),
+    ] = None,
     seed: Seed = None,
     name: Name = None,
 ) -> None:
@@ -43,9 +47,13 @@ def train(
 
     if resume and overwrite:
         raise ConfigError("--resume continues the run folder, --overwrite replaces it", hint="give one of them")
+    changes = list(overrides or ())
     if colocate is not None:
-        overrides = [*(overrides or []), f"placement.colocate={str(colocate).lower()}"]
-    config = sized(load(recipe, overrides, seed=seed, name=name), train=train_gpus, rollout=rollout_gpus)
+        changes.append(f"placement.colocate={str(colocate).lower()}")
+    if trainer is not None:
+        changes.append(f"train.backend={trainer}")
+    ranks = [] if train_gpus is None else [f"train.ranks={train_gpus}"]  # a layout is checked against it
+    config = sized(load(recipe, [*changes, *ranks], seed=seed, name=name), train=train_gpus, rollout=rollout_gpus)
     if dry_run:
         from sluice.config.dump import resolved_toml
 
@@ -57,7 +65,7 @@ def train(
         api.train(config, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         sizes = {"train-gpus": train_gpus, "rollout-gpus": rollout_gpus}
-        again = [recipe, *(overrides or []), *_flags(seed=seed, name=name, **sizes), "--resume"]
+        again = [recipe, *changes, *_flags(seed=seed, name=name, **sizes), "--resume"]
         fail(f"interrupted\n  → resume with: sluice train {shlex.join(again)}")
         raise typer.Exit(130) from None
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from sluice.config.base import Part
 from sluice.config.lora import LoraConfig
+from sluice.config.megatron import MegatronConfig
 from sluice.config.model import DType
 
 
@@ -35,8 +36,14 @@ class OptimizerConfig(Part):
 class TrainConfig(Part):
     """One optimizer step per batch unless the algorithm asks for more."""
 
+    backend: Literal["torch", "megatron"] = "torch"
+    """Who computes a step. `torch`: transformers' own modules. `megatron`: Megatron-Core, for models that several
+    accelerators share, at each layer too."""
+    megatron: MegatronConfig = MegatronConfig()
+    """Layout and memory of the Megatron backend."""
     ranks: int = Field(default=1, ge=1)
-    """Processes that share the model and every batch (FSDP2), one accelerator each. The result is that of one."""
+    """Processes that share the model and every batch, one accelerator each: by FSDP2, or as `megatron` says. The
+    result is that of one."""
     rank_seconds: float = Field(default=1_800.0, gt=0)
     """Deadline of one call to all ranks: a step, a scoring pass, a checkpoint."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -58,6 +65,37 @@ class TrainConfig(Part):
     (`rollout.sglang.routed_experts`); mixture-of-experts models only."""
     lora: LoraConfig | None = None
     """Train adapters only, on one rank and in float32; None trains every parameter."""
+
+    @model_validator(mode="after")
+    def _backend_fits(self) -> Self:
+        if self.backend == "torch":
+            if self.megatron != MegatronConfig():
+                raise ValueError(
+                    "train.megatron is read with train.backend = 'megatron' (--trainer megatron); set it, or leave "
+                    "train.megatron out"
+                )
+            return self
+        for name, value in (("lora", self.lora is not None), ("routing_replay", self.routing_replay)):
+            if value:
+                raise ValueError(f"train.{name} is not there with train.backend = 'megatron'; leave one of them out")
+        if self.share_prompts == "always":
+            raise ValueError(
+                "train.share_prompts = 'always' is not there with train.backend = 'megatron'; set 'auto', or "
+                "train.backend = 'torch'"
+            )
+        layout = self.megatron
+        for name in ("recompute", "recompute_layers"):
+            if getattr(layout, name) != getattr(MegatronConfig(), name) and not self.activation_checkpointing:
+                raise ValueError(
+                    f"train.megatron.{name} says what train.activation_checkpointing computes again, and that is off; "
+                    "set it to true"
+                )
+        if self.ranks % layout.replica:
+            raise ValueError(
+                f"train.ranks = {self.ranks} is no multiple of {layout.replica}, the ranks of one replica: "
+                f"train.megatron.tp {layout.tp} x cp {layout.cp} x pp {layout.pp}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters_fit(self) -> Self:

@@ -1,4 +1,5 @@
-"""Where a policy is trained: in this process, or by ranks that it starts."""
+"""Where a policy is trained: in this process, or by ranks that it starts. Megatron always has ranks: its process groups
+are of a whole process."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ class Trainers:
         Raises:
             ConfigError: there are fewer accelerators than ranks, or the folder is no usable model.
         """
-        if config.ranks == 1 and self._alone:
+        if config.backend == "torch" and config.ranks == 1 and self._alone:
             yield TorchTrainer(config, model, total_steps=total_steps, seed=seed, device=self.device, frozen=frozen)
             return
         places = self._places(config.ranks)
@@ -67,7 +68,7 @@ class Trainers:
 
     @property
     def _alone(self) -> bool:
-        """Whether a single rank is this process itself."""
+        """Whether a single rank of the torch backend is this process itself."""
         return True
 
     def _places(self, ranks: int) -> list[str]:

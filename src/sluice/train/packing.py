@@ -67,11 +67,14 @@ def assign_groups(samples: Sequence[TrainSample], budget: int) -> list[list[int]
     return [sorted(index for number in places for index in blocks[number]) for places in together]
 
 
-def spread(lengths: Sequence[int], ranks: int, budget: int, *, alone: bool = False) -> list[list[list[int]]]:
+def spread(
+    lengths: Sequence[int], ranks: int, budget: int, *, alone: bool = False, multiple: int = 1
+) -> list[list[list[int]]]:
     """Share samples out so that every rank makes as many passes as any other, of about as many tokens each.
 
     Longest first, each into the pass with the fewest tokens (Graham's LPT rule: at most 4/3 of the optimum when no
-    budget intervenes); one more pass a rank when a sample finds no room.
+    budget intervenes); one more pass (or `multiple` more) a rank when a
+    sample finds no room.
 
     Args:
         lengths: tokens of each sample, at most `budget` each.
@@ -79,14 +82,16 @@ def spread(lengths: Sequence[int], ranks: int, budget: int, *, alone: bool = Fal
         budget: tokens of one pass.
         alone: a pass holds one sample at most. The k longest then meet in the first pass, the longest at the rank
             with the fewest tokens so far, and so on.
+        multiple: every rank makes a multiple of this many passes.
 
     Returns:
         By rank, then by pass, indices into `lengths` in their given order. Passes may be empty.
     """
     longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     if alone:
-        return _one_each(lengths, longest_first, ranks)
-    passes = max(1, -(-sum(lengths) // (budget * ranks)))
+        shares = _one_each(lengths, longest_first, ranks)
+        return [[*share, *([] for _ in range(-len(share) % multiple))] for share in shares]
+    passes = -(-max(1, -(-sum(lengths) // (budget * ranks))) // multiple) * multiple
     while True:
         bins: list[list[int]] = [[] for _ in range(ranks * passes)]
         loads = [0] * len(bins)
@@ -98,7 +103,7 @@ def spread(lengths: Sequence[int], ranks: int, budget: int, *, alone: bool = Fal
             loads[at] += lengths[index]
         else:
             return [[sorted(bins[rank + ranks * number]) for number in range(passes)] for rank in range(ranks)]
-        passes += 1
+        passes += multiple
 
 
 def _one_each(lengths: Sequence[int], longest_first: Sequence[int], ranks: int) -> list[list[list[int]]]:
@@ -187,12 +192,14 @@ def make_batch(
     return TrainBatch(pack(samples, budget=budget, scales=loss_scales(samples, normaliser, constant=constant)))
 
 
-def split_over(batch: TrainBatch, ranks: int, budget: int, *, alone: bool = False) -> list[tuple[MicroBatch, ...]]:
+def split_over(
+    batch: TrainBatch, ranks: int, budget: int, *, alone: bool = False, multiple: int = 1
+) -> list[tuple[MicroBatch, ...]]:
     """The batch's samples packed anew for each rank, with the loss factors they have; see `spread`."""
     samples, scales = list(batch.samples), list[NDArray[np.float64]]()
     for micro in batch.micro_batches:
         scales += np.split(micro.scales, micro.cu_seqlens[1:-1])
-    shares = spread([len(sample) for sample in samples], ranks, budget, alone=alone)
+    shares = spread([len(sample) for sample in samples], ranks, budget, alone=alone, multiple=multiple)
     return [
         tuple(
             MicroBatch(

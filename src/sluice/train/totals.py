@@ -35,6 +35,17 @@ class MicroResult:
     per_token: Tensor
     metrics: Mapping[str, Tensor]
 
+    def portable(self) -> MicroResult:
+        """The same on the CPU, without gradient."""
+        return replace(
+            self,
+            loss=self.loss.detach().cpu(),
+            logprobs=self.logprobs.cpu(),
+            entropy=self.entropy.detach().cpu(),
+            per_token=self.per_token.cpu(),
+            metrics={name: values.cpu() for name, values in self.metrics.items()},
+        )
+
 
 def run_loss(micro: MicroBatch, packed: Pack, scores: TokenScores, loss: Loss, streams: frozenset[str]) -> MicroResult:
     """Hand the micro-batch to `loss` and add up its tokens, each with the scale it was given.

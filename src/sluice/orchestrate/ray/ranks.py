@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from sluice.errors import TrainError
 from sluice.orchestrate.ray.cluster import Room
 from sluice.rollout.process import reserve_port
 from sluice.train.ranks.calls import Dispatcher, Failure, outcome
-from sluice.train.ranks.crew import Crew, silent
+from sluice.train.ranks.crew import Crew
 
 BESIDE = "beside"
 _OPTIONS: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {BESIDE: 1}}
@@ -62,18 +62,20 @@ class RayCrew(Crew):
         host, port = ray.get(self._actors[0].port.remote())
         return f"tcp://{host}:{port}"
 
-    def _send(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> dict[Any, int]:
-        pairs = zip(self._actors, arguments, strict=True)
-        return {actor.answer.remote(method, each): rank for rank, (actor, each) in enumerate(pairs)}
+    def _send(self, method: str, arguments: Mapping[int, tuple[Any, ...]], *, beside: bool = False) -> dict[Any, int]:
+        calls: dict[Any, int] = {}
+        for rank, each in arguments.items():
+            actor = self._actors[rank]
+            answer = actor.answer_beside if beside else actor.answer
+            calls[answer.remote(method, each)] = rank
+        return calls
 
     def _receive(self, calls: Mapping[Any, int], seconds: float) -> dict[Any, Any]:
         ready, _ = ray.wait(list(calls), timeout=seconds)
         return {call: _answer(call) for call in ready}
 
-    def _answer_beside(self, method: str, arguments: tuple[Any, ...], seconds: float) -> Any:
-        call = self._actors[0].answer_beside.remote(method, arguments)
-        ready, _ = ray.wait([call], timeout=seconds)
-        return _answer(call) if ready else silent(method, seconds)
+    def _forget(self, call: Any) -> None:
+        """Harmless: every call has an answer of its own."""
 
     def _end(self) -> None:
         for actor in self._actors:

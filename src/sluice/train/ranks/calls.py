@@ -7,9 +7,17 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from sluice.errors import RanksLost, SluiceError
+from sluice.train.ranks.spec import RankSpec
+
+WORKERS = {
+    "torch": ("sluice.train.ranks.worker", "RankWorker"),
+    "megatron": ("sluice.train.backends.megatron.worker", "MegatronWorker"),
+}
+"""Module and class of each backend's `Worker`. A rank imports its own alone."""
 
 BROKEN = re.compile(r"gloo/transport/(?!.*time(d )?out)", re.IGNORECASE | re.DOTALL)
 """What gloo says of a connection between two ranks that ended, but not of one that fell silent until the deadline."""
@@ -47,7 +55,7 @@ def outcome(work: Callable[[], Any]) -> Any:
 
 
 class Dispatcher:
-    """Makes the `RankWorker` of this process when the method is `begin`, and calls it afterwards."""
+    """Makes the `Worker` of this process when the method is `begin`, and calls it afterwards."""
 
     def __init__(self) -> None:
         self._worker: Any = None
@@ -55,7 +63,7 @@ class Dispatcher:
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         if method != "begin":
             return getattr(self._worker, method)(*arguments)
-        from sluice.train.ranks.worker import RankWorker
-
-        self._worker = RankWorker(*arguments)
+        spec: RankSpec = arguments[0]
+        module, name = WORKERS[spec.config.backend]
+        self._worker = getattr(import_module(module), name)(spec)
         return None

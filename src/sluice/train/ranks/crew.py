@@ -45,16 +45,20 @@ class Crew(ABC):
         """Where the ranks find each other, new each time: a file in `folder`, or `tcp://host:port` of rank 0."""
 
     @abstractmethod
-    def _send(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> dict[Any, int]:
-        """Begin a call at every rank. Returns what its answer is waited for at, with the rank."""
+    def _send(self, method: str, arguments: Mapping[int, tuple[Any, ...]], *, beside: bool = False) -> dict[Any, int]:
+        """Begin a call at each rank that has arguments. Returns what its answer is waited for at, with the rank.
+
+        Args:
+            beside: in the second thread there.
+        """
 
     @abstractmethod
     def _receive(self, calls: Mapping[Any, int], seconds: float) -> dict[Any, Any]:
         """Answers to some of `calls`, results and failures; none when nothing came within `seconds`."""
 
     @abstractmethod
-    def _answer_beside(self, method: str, arguments: tuple[Any, ...], seconds: float) -> Any:
-        """The first rank's answer to a call beside the others, a failure too; `silent` when none came in time."""
+    def _forget(self, call: Any) -> None:
+        """Take no answer to a call beside the others any more: what comes later is none to another call."""
 
     @abstractmethod
     def _end(self) -> None:
@@ -67,7 +71,7 @@ class Crew(ABC):
             TrainError: a rank failed, died or did not answer in time: the first failure. All ranks are ended.
         """
         self._check_alive()
-        calls = self._send(method, arguments)
+        calls = self._send(method, dict(enumerate(arguments)))
         deadline = time.monotonic() + seconds
         answers: dict[int, Any] = {}
         failures: dict[int, Failure] = {}
@@ -86,19 +90,28 @@ class Crew(ABC):
         self._end()
         raise first_failure(failures, method, missing, seconds)
 
-    def beside(self, method: str, *arguments: Any, seconds: float) -> Any:
-        """Call `method` at the first rank, in a second thread there: `call` goes on meanwhile.
+    def beside(self, method: str, *arguments: Any, ranks: Sequence[int], seconds: float) -> list[Any]:
+        """Call `method` at some ranks, in a second thread there: `call` goes on meanwhile. Their answers, in order.
 
         One at a time, from any thread. The method must not need the other ranks.
 
         Raises:
-            TrainError: it failed, the rank died or did not answer in time. No rank is ended.
+            TrainError: it failed, a rank died or did not answer in time: the first failure, when all others have
+                answered. No rank is ended.
         """
         self._check_alive()
-        answer = self._answer_beside(method, arguments, seconds)
-        if isinstance(answer, Failure):
-            raise first_failure({0: answer}, method, [], seconds)
-        return answer
+        calls = self._send(method, dict.fromkeys(ranks, arguments), beside=True)
+        deadline = time.monotonic() + seconds
+        answers: dict[int, Any] = {}
+        while calls and (found := self._receive(calls, max(0.0, deadline - time.monotonic()))):
+            answers |= {calls.pop(call): answer for call, answer in found.items()}
+        for call, rank in calls.items():
+            self._forget(call)
+            answers[rank] = silent(method, seconds)
+        failures = {rank: answer for rank, answer in answers.items() if isinstance(answer, Failure)}
+        if failures:
+            raise first_failure(failures, method, [], seconds)
+        return [answers[rank] for rank in ranks]
 
     def _check_alive(self) -> None:
         if self._ended:
@@ -173,25 +186,23 @@ class ProcessCrew(Crew):
     def pids(self) -> list[int]:
         return [child.process.pid for child in self._children]
 
-    def _send(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> dict[Any, int]:
-        messages = [_pickled(method, each) for each in arguments]
-        for child, message in zip(self._children, messages, strict=True):
+    def _send(self, method: str, arguments: Mapping[int, tuple[Any, ...]], *, beside: bool = False) -> dict[Any, int]:
+        messages = {rank: _pickled(method, each) for rank, each in arguments.items()}
+        calls: dict[Any, int] = {}
+        for rank, message in messages.items():
+            child = self._children[rank]
+            connection = child.beside if beside else child.connection
             with suppress(OSError):  # it is dead: told when its answer is read, with how
-                child.connection.send_bytes(message)
-        return {child.connection: child.rank for child in self._children}
+                connection.send_bytes(message)
+            calls[connection] = rank
+        return calls
 
     def _receive(self, calls: Mapping[Any, int], seconds: float) -> dict[Any, Any]:
-        children = {ready: self._children[calls[ready]] for ready in wait(list(calls), timeout=seconds)}
-        return {ready: child.answer(child.connection) for ready, child in children.items()}
+        ready: list[Any] = [call for call in calls if call.closed] or wait(list(calls), timeout=seconds)
+        return {call: self._children[calls[call]].answer(call) for call in ready}
 
-    def _answer_beside(self, method: str, arguments: tuple[Any, ...], seconds: float) -> Any:
-        first = self._children[0]
-        with suppress(OSError):  # it is dead: told when its answer is read
-            first.beside.send_bytes(_pickled(method, arguments))
-            if not first.beside.poll(seconds):
-                first.beside.close()  # what comes later is no answer to another call
-                return silent(method, seconds)
-        return first.answer(first.beside)
+    def _forget(self, call: Any) -> None:
+        call.close()
 
     def _end(self) -> None:
         """The connections close, and with them the ranks; SIGKILL for one that does not follow."""

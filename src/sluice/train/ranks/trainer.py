@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,22 @@ from sluice.config.train import TrainConfig
 from sluice.errors import TrainError
 from sluice.plugins import loaded_files
 from sluice.train.base import Loss, Snapshot, StepStats
+from sluice.train.layout import Layout
 from sluice.train.packing import check_fit, split_over, spread
 from sluice.train.ranks.crew import Crew
-from sluice.train.ranks.worker import RankSpec, StepPart
+from sluice.train.ranks.spec import RankSpec
+from sluice.train.ranks.work import StepPart
 from sluice.train.schedule import learning_rate
 from sluice.train.totals import StepTotals
 from sluice.types import TrainBatch, TrainSample
 
 
 class RankedTrainer:
-    """Implements `train.base.Trainer` over a crew of ranks.
+    """Implements `train.base.Trainer` over a crew of ranks, with the backend that `config` names.
 
-    Every batch is shared out by tokens; each rank makes as many passes as any other. Gradients are summed over ranks,
-    and figures are put together here from what each rank tells of its tokens, so neither depends on the split.
+    Every batch is shared out by tokens over the replicas of the model (`Layout`); each makes as many passes as any
+    other. Gradients are summed over replicas, and figures are put together here from what each tells of its tokens, so
+    neither depends on the split.
 
     Args:
         crew: the ranks, started and not begun; they end with the trainer, or when it cannot be made.
@@ -56,6 +61,7 @@ class RankedTrainer:
     ) -> None:
         self._crew = crew
         self._config = config
+        self._layout = Layout.of(config, ranks=crew.size)
         self._total_steps = total_steps
         self._steps_done = 0
         self._streams = {"proximal", "reference", *(frozen or {})}
@@ -103,7 +109,8 @@ class RankedTrainer:
         unknown = sorted(streams - self._streams)
         if unknown:
             raise TrainError(
-                f"the torch trainer cannot fill the stream {unknown[0]!r}, only {sorted(self._streams)}",
+                f"the {self._config.backend} trainer cannot fill the stream {unknown[0]!r}, only "
+                f"{sorted(self._streams)}",
                 hint="choose an algorithm that does without it",
             )
         if not samples or not streams:
@@ -112,9 +119,12 @@ class RankedTrainer:
         check_fit(samples, budget)
         names = sorted(streams)
         alone = any(self._runs_alone(name) for name in names)
-        shares = spread([len(sample) for sample in samples], self._crew.size, budget, alone=alone)
+        shares = spread(
+            [len(sample) for sample in samples], self._layout.replicas, budget, alone=alone,
+            multiple=self._layout.passes_multiple,
+        )  # fmt: skip
         passes = [[[samples[index] for index in members] for members in share] for share in shares]
-        found: list[dict[str, list[np.ndarray]]] = self._call("score", [(names, mine) for mine in passes])
+        found: list[dict[str, list[np.ndarray]]] = self._shared("score", [(names, mine) for mine in passes])
         filled = list(samples)
         for share, values in zip(shares, found, strict=True):
             for number, members in enumerate(share):
@@ -131,9 +141,9 @@ class RankedTrainer:
             return StepTotals(batch).skipped(
                 lr=learning_rate(self._config.optimizer, self._steps_done, self._total_steps)
             )
-        shares, whole = self._shared(batch)
+        shares, whole = self._shares(batch)
         totals = StepTotals(whole)
-        parts: list[StepPart] = self._call("step", [(share, loss, totals.streams) for share in shares])
+        parts: list[StepPart] = self._shared("step", [(share, loss, totals.streams) for share in shares])
         for share, part in zip(shares, parts, strict=True):
             for micro, result in zip(share, part.results, strict=True):
                 if result is not None:
@@ -145,14 +155,23 @@ class RankedTrainer:
 
     def gradients(self, batch: TrainBatch, loss: Loss) -> dict[str, Tensor]:
         """The gradient of the step's loss by parameter name, before clipping. For tests and inspection."""
-        shares, whole = self._shared(batch)
+        shares, whole = self._shares(batch)
         streams = StepTotals(whole).streams
-        return self._call("gradients", [(share, loss, streams) for share in shares])[0]
+        parts: list[dict[str, Tensor]] = self._call(
+            "gradients", self._layout.to_ranks([(share, loss, streams) for share in shares])
+        )
+        return {name: gradient for part in parts for name, gradient in part.items()}
 
-    def _shared(self, batch: TrainBatch) -> tuple[list[Any], TrainBatch]:
-        """The batch's micro-batches by rank, and the batch that they make together."""
-        alone = self._runs_alone("proximal")
-        shares = split_over(batch, self._crew.size, self._config.micro_batch_tokens, alone=alone)
+    def _shared(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call every rank with the arguments of its replica; what the replicas answer."""
+        return self._layout.from_ranks(self._call(method, self._layout.to_ranks(arguments)))
+
+    def _shares(self, batch: TrainBatch) -> tuple[list[Any], TrainBatch]:
+        """The batch's micro-batches by replica, and the batch that they make together."""
+        shares = split_over(
+            batch, self._layout.replicas, self._config.micro_batch_tokens, alone=self._runs_alone("proximal"),
+            multiple=self._layout.passes_multiple,
+        )  # fmt: skip
         return shares, TrainBatch(tuple(micro for share in shares for micro in share if micro.samples))
 
     def offload(self) -> None:
@@ -166,21 +185,23 @@ class RankedTrainer:
     # ── weights and state ───────────────────────────────────────────────────────────────────────────────
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Trainer.named_weights`. They pass through a file that is gone when this ends."""
+        """See `Trainer.named_weights`. They pass through files that are gone when this ends.
+
+        Raises:
+            TrainError: two ranks wrote a tensor of one name.
+        """
         with tempfile.TemporaryDirectory(prefix="weights-", dir=self._scratch) as folder:
-            file = Path(folder) / "model.safetensors"
-            self._all("write_weights", file)
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-                    yield name, tensors.get_tensor(name)
+            self._all("write_weights", Path(folder))
+            yield from _tensors(sorted(Path(folder).glob("*.safetensors")))
 
     def snapshot(self, *, copy: bool = True) -> Snapshot:
-        """See `Trainer.snapshot`. The first rank holds it, and writes it beside what all are called for."""
-        self._all("snapshot", copy)
-        return Snapshot(partial(self._write, "model"), partial(self._write, "state"))
+        """See `Trainer.snapshot`. Ranks hold it, and those that have something of it write that beside what all are
+        called for."""
+        holders = [rank for rank, holds in enumerate(self._all("snapshot", copy)) if holds]
+        return Snapshot(partial(self._write, holders, "model"), partial(self._write, holders, "state"))
 
-    def _write(self, part: str, folder: Path) -> None:
-        self._crew.beside("write", part, folder.absolute(), seconds=self._config.rank_seconds)
+    def _write(self, holders: Sequence[int], part: str, folder: Path) -> None:
+        self._crew.beside("write", part, folder.absolute(), ranks=holders, seconds=self._config.rank_seconds)
 
     def save_model(self, folder: Path) -> None:
         """See `Trainer.save_model`."""
@@ -197,3 +218,22 @@ class RankedTrainer:
     def peak_memory(self) -> list[int]:
         """See `Trainer.peak_memory`."""
         return [int(found) for found in self._all("peak_memory")]
+
+
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the files, which have no name in common."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        names = [list(tensors.keys()) for tensors in opened]
+        counts = Counter(name for found in names for name in found)
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        if twice:
+            holders = " and ".join(file.name for file, found in zip(files, names, strict=True) if twice[0] in found)
+            raise TrainError(
+                f"the ranks wrote {twice[0]!r} more than once, in {holders}, and {len(twice) - 1} further tensors",
+                hint="this is a fault of the backend: weights that are not whole are not published; go on with another "
+                "train.backend, and report it",
+            )
+        for tensors, found in zip(opened, names, strict=True):
+            for name in found:
+                yield name, tensors.get_tensor(name)

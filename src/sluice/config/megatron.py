@@ -1,0 +1,70 @@
+"""The Megatron backend: how a model lies over ranks, and what is kept, computed again or left on the host."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from sluice.config.base import Part
+
+
+class MegatronConfig(Part):
+    """Megatron-Core 0.16 under `train.backend = "megatron"`; needs `sluice-rl[megatron]`.
+
+    `train.ranks` is shared out as tp x cp x pp ranks to each replica of the model; what is left over divides the batch.
+    """
+
+    tp: int = Field(default=1, ge=1)
+    """Ranks that share every layer's matrices (tensor parallel); it divides the model's heads and its vocabulary."""
+    pp: int = Field(default=1, ge=1)
+    """Ranks that share the layers (pipeline parallel), one block of them each."""
+    vpp: int = Field(default=1, ge=1)
+    """Blocks of layers at each rank of a pipeline (virtual stages): less idle time, more messages."""
+    cp: int = Field(default=1, ge=1)
+    """Ranks that share the tokens of every sample (context parallel), for long samples."""
+    sequence_parallel: bool | None = None
+    """Share what lies between a layer's matrices by tokens over the `tp` ranks; None does where `tp` is over 1."""
+    distributed_optimizer: bool = True
+    """Divide float32 parameters and moments over the replicas; false keeps all of a rank's at each."""
+    overlap: bool = True
+    """Add gradients up and gather parameters while layers compute."""
+    recompute: Literal["layers", "mlp", "attention"] = "layers"
+    """What `train.activation_checkpointing` computes again: whole layers, or one half of each."""
+    recompute_layers: int | None = Field(default=None, ge=1)
+    """Layers at each rank that are computed again, from its first; None is all of them. The others keep what they
+    computed, which takes more memory and less time."""
+    offload_optimizer: float = Field(default=0.0, ge=0, le=1)
+    """Share of float32 parameters and moments that stay in host memory, where the CPU updates them."""
+    attention: Literal["auto", "cudnn", "flash", "varlen"] = "auto"
+    """Kernel on an accelerator. `cudnn` and `flash` go sample by sample, `varlen` takes a pack at once. `auto` chooses
+    by the length of samples."""
+    compile: bool | None = None
+    """Compile rotary, norms and activations; None does on an accelerator."""
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients are added up."""
+
+    @property
+    def replica(self) -> int:
+        """Ranks of one replica of the model."""
+        return self.tp * self.cp * self.pp
+
+    @property
+    def divides_sequences(self) -> bool:
+        """`sequence_parallel`, resolved."""
+        return self.tp > 1 if self.sequence_parallel is None else self.sequence_parallel
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError(
+                "sequence_parallel = true shares tokens over the ranks of tp, and tp = 1; set tp, or leave it out"
+            )
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"vpp = {self.vpp} divides the stages of a pipeline, and pp = 1 has none; set pp")
+        if self.recompute_layers is not None and self.recompute != "layers":
+            raise ValueError(
+                f"recompute_layers counts whole layers, and recompute = {self.recompute!r} computes a half of each "
+                "again; leave one of them out"
+            )
+        return self

@@ -1,0 +1,42 @@
+"""What a rank needs to begin. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sluice.config.train import TrainConfig
+from sluice.train.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class RankSpec:
+    """One rank of a trainer.
+
+    Attributes:
+        rank, world: which one of how many.
+        meeting: where the process group forms: a file that all ranks see and nobody has used before, or
+            `tcp://host:port`, where rank 0 listens.
+        model_folder, total_steps, seed, frozen, config: see `TorchTrainer`.
+        device: `cpu`, or `cuda:N` of this process.
+        plugins: files of the user's own code that were loaded in the controller.
+        threads: of torch; None leaves its choice.
+    """
+
+    rank: int
+    world: int
+    meeting: str
+    config: TrainConfig
+    model_folder: Path
+    total_steps: int
+    seed: int
+    device: str
+    frozen: Mapping[str, Path]
+    plugins: tuple[Path, ...] = ()
+    threads: int | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Of all ranks."""
+        return Layout.of(self.config, ranks=self.world)
