@@ -86,5 +86,5 @@ def test_replay_takes_away_what_other_experts_add_to_the_mismatch(
     with capsys.disabled():
         print(json.dumps({"free": free, "directed": directed}))
     assert min(directed[RECORDED]) == 1.0
-    assert max(directed[AGREEMENT]) < 1.0, "some experts differ, and the recorded ones were taken"
+    assert min(directed[AGREEMENT]) < 1.0, "some experts differ, and the recorded ones were taken"
     assert sum(directed[MISMATCH]) < sum(free[MISMATCH])
