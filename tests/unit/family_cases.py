@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from tests.unit.train_cases import scratch
+from transformers import AutoModelForCausalLM
 
 _MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _GROUPED: dict[str, Any] = {
@@ -20,6 +22,7 @@ _LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"tie_word_embeddings": True},
     "llama": {},
+    "qwen2": {},
     "qwen3_moe": {**_MOE, "num_experts": 6, "norm_topk_prob": True},
     "glm4": {},
     "glm4_moe": {**_GROUPED, "use_qk_norm": True},
@@ -50,3 +53,15 @@ def family(folder: Path, name: str, **changes: Any) -> Path:
     return scratch(
         folder, **{"tie_word_embeddings": False, "initializer_range": 0.1, **given, **changes}, model_type=name
     )
+
+
+def even(folder: Path, vocabulary: int = 52) -> Path:
+    """The model of `folder` with a vocabulary that ranks can divide; further tokens and all biases are random."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder

@@ -112,9 +112,19 @@ def _write_weights(
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        described = {"metadata": {"total_size": total}, "weight_map": index}
-        (target / "model.safetensors.index.json").write_text(json.dumps(described, indent=2) + "\n")
+        write_index(target, index, total)
     return total
+
+
+def write_index(folder: Path, files: Mapping[str, str], total: int) -> None:
+    """Say which file of a folder has which tensor.
+
+    Args:
+        files: by name of the tensor.
+        total: bytes of all tensors.
+    """
+    described = {"metadata": {"total_size": total}, "weight_map": dict(files)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(files: Mapping[str, Path], wanted: Mapping[str, torch.dtype | None], limit: int) -> list[list[str]]:

@@ -3,6 +3,9 @@
 Formulas, with z = (W h + b) / T: log p(y) = z_y - logsumexp(z); H = logsumexp(z) - Σ softmax(z) z;
 ∂ log p(y) / ∂(W h + b) = (onehot(y) - softmax(z)) / T. The backward pass computes the logits of a chunk
 again, so that peak memory is two float32 buffers of chunk × vocabulary, whatever the number of tokens.
+
+The vocabulary may be divided over ranks. Each then holds the logits of its part, and per token three sums and a
+maximum are added up over them.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -29,6 +33,7 @@ def token_scores(
     temperature: Tensor,
     *,
     chunk: int,
+    over: dist.ProcessGroup | None = None,
 ) -> TokenScores:
     """log softmax(logits / T) at the targets, and the entropy of that distribution.
 
@@ -42,35 +47,58 @@ def token_scores(
         targets: token ids, int64 `[tokens]`.
         temperature: T > 0 of each token, `[tokens]`.
         chunk: tokens whose logits exist at one time.
+        over: the ranks that the vocabulary is divided over, in equal parts by rank, all with the same tokens. `weight`
+            and `bias` are this rank's part. The gradient of `hidden` is this rank's share of a sum over ranks.
     """
-    logprob, entropy = _TokenScores.apply(hidden, weight, bias, targets, temperature, chunk)
+    logprob, entropy = _TokenScores.apply(hidden, weight, bias, targets, temperature, chunk, over)
     return TokenScores(logprob, entropy)
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor) -> Tensor:
-    """`[chunk, vocabulary]` of logits / T less the largest of each row, in the accumulation dtype.
+class _Chunk:
+    """The logits / T of one chunk less the largest of each row, `[chunk, vocabulary]`, and where its targets stand."""
 
-    The largest is subtracted so that no exponential overflows; the caller may overwrite the buffer.
-    """
-    logits = linear(hidden, weight, bias).to(_wide(hidden.dtype))
-    logits.div_(temperature.to(logits.dtype).unsqueeze(1))
-    return logits.sub_(logits.amax(dim=1, keepdim=True))
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: Tensor,
+        over: dist.ProcessGroup | None,
+        peak: Tensor | None = None,
+    ) -> None:
+        self._over = over
+        logits = linear(hidden, weight, bias).to(_wide(hidden.dtype))
+        logits.div_(temperature.to(logits.dtype).unsqueeze(1))
+        if peak is None:
+            peak = logits.amax(dim=1)
+            if over is not None:
+                dist.all_reduce(peak, dist.ReduceOp.MAX, over)
+        self.peak = peak
+        self._logits = logits.sub_(peak.unsqueeze(1))  # so that no exponential overflows
+        first = dist.get_rank(over) * len(weight) if over is not None else 0
+        self._inside = (targets >= first) & (targets < first + len(weight)) if over is not None else None
+        self._at = (targets - first).clamp(0, len(weight) - 1).unsqueeze(1)
 
+    def scores(self) -> tuple[TokenScores, Tensor]:
+        """Scores, and the sum of exponentials of each row. The logits are overwritten."""
+        chosen = self._logits.gather(1, self._at).squeeze(1)
+        if self._inside is not None:
+            chosen = chosen * self._inside
+        weights = self._logits.exp()
+        sums = torch.stack([chosen, weights.sum(dim=1), self._logits.mul_(weights).sum(dim=1)])
+        if self._over is not None:
+            dist.all_reduce(sums, group=self._over)
+        chosen, total, moment = sums
+        normaliser = total.log()
+        return TokenScores(chosen - normaliser, normaliser - moment / total), total
 
-def _chunk_scores(logits: Tensor, targets: Tensor) -> TokenScores:
-    """Scores of one chunk from its scaled logits, which are overwritten."""
-    chosen = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-    weights = logits.exp()
-    total = weights.sum(dim=1)
-    normaliser = total.log()
-    return TokenScores(chosen - normaliser, normaliser - logits.mul_(weights).sum(dim=1) / total)
-
-
-def _chunk_slope(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """(onehot - softmax) · scale in the buffer of the scaled logits; `scale` is `[chunk]`."""
-    weights = logits.exp_()
-    weights.mul_((-scale / weights.sum(dim=1)).unsqueeze(1))
-    return weights.scatter_add_(1, targets.unsqueeze(1), scale.unsqueeze(1))
+    def slope(self, total: Tensor, scale: Tensor) -> Tensor:
+        """(onehot - softmax) · scale in the buffer of the logits; `scale` and `total` are `[chunk]`."""
+        weights = self._logits.exp_()
+        weights.mul_((-scale / total).unsqueeze(1))
+        hit = scale if self._inside is None else scale * self._inside
+        return weights.scatter_add_(1, self._at, hit.unsqueeze(1))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -95,23 +123,24 @@ class _TokenScores(torch.autograd.Function):
         targets: Tensor,
         temperature: Tensor,
         chunk: int,
+        over: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
         logprob = torch.empty(len(targets), dtype=_wide(hidden.dtype), device=hidden.device)
-        entropy = torch.empty_like(logprob)
+        entropy, peak, total = (torch.empty_like(logprob) for _ in range(3))
         for start in range(0, len(targets), chunk):
             here = slice(start, start + chunk)
-            # Nothing of a chunk has a name here, so that its buffers are free before the next one's are made.
-            logprob[here], entropy[here] = _chunk_scores(
-                _scaled_logits(hidden[here], weight, bias, temperature[here]), targets[here]
-            )
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature)
-        ctx.chunk = chunk
+            part = _Chunk(hidden[here], weight, bias, targets[here], temperature[here], over)
+            peak[here] = part.peak
+            (logprob[here], entropy[here]), total[here] = part.scores()
+            del part  # its buffers are free before the next one's are made
+        ctx.save_for_backward(hidden, weight, bias, targets, temperature, peak, total)
+        ctx.chunk, ctx.over = chunk, over
         ctx.mark_non_differentiable(entropy)
         return logprob, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, temperature = ctx.saved_tensors
+        hidden, weight, bias, targets, temperature, peak, total = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide = _wide(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -120,7 +149,9 @@ class _TokenScores(torch.autograd.Function):
         for start in range(0, len(targets), ctx.chunk):
             here = slice(start, start + ctx.chunk)
             scale = (grads[0][here] / temperature[here]).to(wide)
-            slope = _chunk_slope(_scaled_logits(hidden[here], weight, bias, temperature[here]), targets[here], scale)
+            part = _Chunk(hidden[here], weight, bias, targets[here], temperature[here], ctx.over, peak[here])
+            slope = part.slope(total[here], scale)
+            del part
             if grad_bias is not None:
                 grad_bias += slope.sum(dim=0)
             slope = slope.to(hidden.dtype)
@@ -133,7 +164,5 @@ class _TokenScores(torch.autograd.Function):
             grad_hidden,
             grad_weight.to(weight.dtype) if grad_weight is not None else None,
             grad_bias.to(bias.dtype) if grad_bias is not None else None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )

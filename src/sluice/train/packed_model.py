@@ -64,10 +64,27 @@ def make_pack(
         share: what samples begin with in common is computed once.
 
     Raises:
-        TrainError: a scored token is the first of its sample, where nothing predicts it, or its
-            temperature is not positive.
+        TrainError: see `predicted_tokens`.
     """
     share = share and replay is None
+    index, temperature = predicted_tokens(micro, scored)
+    positions = micro.positions
+    return Pack(
+        ids=torch.from_numpy(micro.ids.astype(np.int64)).to(device).unsqueeze(0),
+        positions=torch.from_numpy(positions).to(device).unsqueeze(0),
+        layout=layout(micro.lengths, device, first_copies([s.ids for s in micro.samples]) if share else None),
+        index=torch.from_numpy(index).to(device),
+        temperature=torch.from_numpy(temperature).to(device),
+        experts=replay.table(micro, device) if replay else None,
+    )
+
+
+def predicted_tokens(micro: MicroBatch, scored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places and temperatures of the tokens that `scored` masks, `[scored]` each.
+
+    Raises:
+        TrainError: one is the first of its sample, where nothing predicts it, or its temperature is not positive.
+    """
     index = np.flatnonzero(scored)
     positions = micro.positions
     temperature = micro.stream("temperature")[index]
@@ -84,14 +101,7 @@ def make_pack(
             f"segment {sample.segment} of episode {sample.episode_id} holds tokens drawn at temperature 0",
             hint="greedy tokens have no log-prob to train on; sample with rollout.sampling.temperature > 0",
         )
-    return Pack(
-        ids=torch.from_numpy(micro.ids.astype(np.int64)).to(device).unsqueeze(0),
-        positions=torch.from_numpy(positions).to(device).unsqueeze(0),
-        layout=layout(micro.lengths, device, first_copies([s.ids for s in micro.samples]) if share else None),
-        index=torch.from_numpy(index).to(device),
-        temperature=torch.from_numpy(temperature).to(device),
-        experts=replay.table(micro, device) if replay else None,
-    )
+    return index, temperature
 
 
 def empty_pack(device: torch.device, experts: Tensor | None = None) -> Pack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,8 +13,15 @@ from torch import Tensor
 from sluice.errors import TrainError
 from sluice.train.base import Loss, StepStats, measure_mismatch
 from sluice.train.logprob import TokenScores
-from sluice.train.packed_model import Pack
 from sluice.types import LossInputs, MicroBatch, TrainBatch
+
+
+class Indexed(Protocol):
+    """A micro-batch as tensors: `index` are its scored tokens, int64 `[scored]`."""
+
+    @property
+    def index(self) -> Tensor: ...
+
 
 _NAMED_SAMPLES = 5
 """Samples that an error names before it goes on with "and n more"."""
@@ -47,7 +55,9 @@ class MicroResult:
         )
 
 
-def run_loss(micro: MicroBatch, packed: Pack, scores: TokenScores, loss: Loss, streams: frozenset[str]) -> MicroResult:
+def run_loss(
+    micro: MicroBatch, packed: Indexed, scores: TokenScores, loss: Loss, streams: frozenset[str]
+) -> MicroResult:
     """Hand the micro-batch to `loss` and add up its tokens, each with the scale it was given.
 
     `scores` are those of the trained tokens, `packed.index`. Only these enter the sum: what a loss returns
@@ -103,7 +113,7 @@ def send_back(loss: Tensor, scores: TokenScores, *, always: bool) -> bool:
     return sent
 
 
-def _loss_inputs(micro: MicroBatch, packed: Pack, scores: TokenScores, streams: frozenset[str]) -> LossInputs:
+def _loss_inputs(micro: MicroBatch, packed: Indexed, scores: TokenScores, streams: frozenset[str]) -> LossInputs:
     device, dtype = scores.logprob.device, scores.logprob.dtype
     tensors = {name: torch.from_numpy(micro.stream(name)).to(device) for name in sorted(streams)}
     tensors = {name: t.to(dtype) if t.is_floating_point() else t.long() for name, t in tensors.items()}

@@ -35,7 +35,8 @@ from sluice.train.sharding import on_host
 from sluice.train.totals import StepTotals, run_loss
 from sluice.types import LossInputs, LossOutput, MicroBatch, TrainBatch, TrainSample, ValueInputs
 
-_WEIGHT = "weight/"
+WEIGHT = "weight"
+"""First part of the names of weights among the tensors of a critic's state; optimizer's have others."""
 
 
 class ValueModel(torch.nn.Module):
@@ -129,7 +130,7 @@ class TorchCritic:
             packed = make_pack(micro, trained, self._device, share=self._share)
             values = self.model.values(packed)
             scores = TokenScores(values, torch.zeros_like(values))
-            result = run_loss(micro, packed, scores, _of_values(loss), totals.streams)
+            result = run_loss(micro, packed, scores, over_values(loss), totals.streams)
             result.loss.backward()
             totals.add(micro, result)
         return totals
@@ -148,7 +149,7 @@ class TorchCritic:
 
     def snapshot(self, *, copy: bool = True) -> Writer:
         """See `Critic.snapshot`."""
-        weights = {f"{_WEIGHT}{name}": on_host(p, copy=copy) for name, p in self.model.named_parameters()}
+        weights = {f"{WEIGHT}/{name}": on_host(p, copy=copy) for name, p in self.model.named_parameters()}
         return state_writer({**self.optimizer.state(copy=copy), **weights}, self.optimizer.steps_done)
 
     def save_state(self, folder: Path) -> None:
@@ -159,9 +160,9 @@ class TorchCritic:
     def load_state(self, folder: Path) -> None:
         """See `Critic.load_state`."""
         tensors, steps_done = read_state(folder)
-        weights = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_WEIGHT)}
+        weights = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{WEIGHT}/")}
         for name, parameter in self.model.named_parameters():
-            saved = weights.get(f"{_WEIGHT}{name}")
+            saved = weights.get(f"{WEIGHT}/{name}")
             if saved is None or saved.shape != parameter.shape:
                 raise CheckpointError(
                     f"the critic in {folder} has no tensor {name} of shape {tuple(parameter.shape)}",
@@ -169,7 +170,7 @@ class TorchCritic:
                 )
         self.optimizer.load_state(tensors, steps_done)
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(weights[f"{_WEIGHT}{name}"])
+            parameter.copy_(weights[f"{WEIGHT}/{name}"])
 
 
 def _value_model(folder: Path, train: TrainConfig, dtype: torch.dtype, attention: str | None) -> ValueModel:
@@ -189,7 +190,7 @@ def _value_model(folder: Path, train: TrainConfig, dtype: torch.dtype, attention
     return ValueModel(backbone(causal), head)
 
 
-def _of_values(loss: ValueLoss) -> Loss:
+def over_values(loss: ValueLoss) -> Loss:
     """`loss` for the code that runs policy losses: values stand where log-probs do."""
 
     def over_values(inputs: LossInputs) -> LossOutput:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from sluice.errors import CheckpointError
 
 _TENSORS, _COUNTERS = "optimizer.safetensors", "trainer.json"
+_PART = "optimizer-{part:05d}-of-{parts:05d}.safetensors"
 _RNG = "rng/"
 _NOT_ARCHITECTURE = frozenset({"_name_or_path", "transformers_version", "dtype", "architectures", "use_cache"})
 _TOKENIZER_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model"})
@@ -30,11 +31,49 @@ def random_state() -> dict[str, Tensor]:
     return found
 
 
-def write_state(folder: Path, tensors: Mapping[str, Tensor], steps_done: int) -> None:
-    """Write tensors, those of `random_state` among them, and the step count to `folder`."""
+def write_state(folder: Path, tensors: Mapping[str, Tensor], steps_done: int, *, part: int = 0, parts: int = 1) -> None:
+    """Write tensors, those of `random_state` among them, and the step count to `folder`.
+
+    Args:
+        part, parts: which of how many writers this is, each with tensors of its own; the first writes the count.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
-    (folder / _COUNTERS).write_text(json.dumps({"steps_done": steps_done}), encoding="utf-8")
+    file = folder / (_TENSORS if parts == 1 else _PART.format(part=part + 1, parts=parts))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    if part == 0:
+        (folder / _COUNTERS).write_text(json.dumps({"steps_done": steps_done}), encoding="utf-8")
+
+
+def state_files(folder: Path) -> list[Path]:
+    """The files of tensors that all writers wrote.
+
+    Raises:
+        CheckpointError: there is none, or fewer than were written.
+    """
+    whole = folder / _TENSORS
+    if whole.exists():
+        return [whole]
+    found = sorted(folder.glob(_PART.format(part=0, parts=0).replace("00000", "*")))
+    parts = int(found[0].stem.rpartition("-")[2]) if found else 1
+    if len(found) != parts:
+        raise CheckpointError(
+            f"trainer state in {folder} has {len(found)} of its {parts} files", hint="resume from an older checkpoint"
+        )
+    return found
+
+
+def read_counters(folder: Path) -> int:
+    """The step count of `write_state`.
+
+    Raises:
+        CheckpointError: its file is missing or damaged.
+    """
+    try:
+        return int(json.loads((folder / _COUNTERS).read_text(encoding="utf-8"))["steps_done"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"trainer state in {folder} cannot be read: {error}", hint="resume from an older checkpoint"
+        ) from error
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], int]:
@@ -43,10 +82,10 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], int]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
+    steps_done = read_counters(folder)
     try:
-        everything = load_file(folder / _TENSORS)
-        steps_done = int(json.loads((folder / _COUNTERS).read_text(encoding="utf-8"))["steps_done"])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        everything = {name: tensor for file in state_files(folder) for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"trainer state in {folder} cannot be read: {error}", hint="resume from an older checkpoint"
         ) from error

@@ -97,7 +97,9 @@ class Worker(Protocol):
 
 
 def meet(spec: RankSpec) -> None:
-    """Form the process group of all ranks, and load the user's own code."""
+    """Form the process group of all ranks, and load the user's own code. Who begins anew leaves the last one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
     devices.set_threads(spec.threads)
     if spec.layout.tp > 1 or spec.layout.cp > 1:  # what they say to each other then hides behind their matrices
         devices.order_launches()

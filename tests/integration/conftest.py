@@ -1,0 +1,16 @@
+"""What several modules of integration tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.integration.megatron_rig import Rig
+
+
+@pytest.fixture(scope="session")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """Ranks of the Megatron backend, started when they are first asked for."""
+    rig = Rig(tmp_path_factory.mktemp("megatron"))
+    yield rig
+    rig.end()
