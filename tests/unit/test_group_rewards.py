@@ -136,7 +136,7 @@ def make(
 ) -> Producer:
     return Producer(
         cast("Any", runner), Rubric(configs), cast("Any", spelled or Spelled()), Journal(writer), seed=0,
-        recovered=recovered or {}, may_use=lambda _: True, stall=Stall(20),
+        recovered=recovered or {}, refusal=lambda version, due: "", stall=Stall(20),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ def producer(stall_seconds: float) -> Producer:
     """One that only hands over what is finished: its parts are not used for that."""
     none = cast("Any", None)
     return Producer(
-        none, none, none, none, seed=0, recovered={}, may_use=lambda _: True, stall=Stall(stall_seconds)
+        none, none, none, none, seed=0, recovered={}, refusal=lambda version, due: "", stall=Stall(stall_seconds)
     )  # fmt: skip
 
 

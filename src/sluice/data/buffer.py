@@ -112,6 +112,11 @@ class Buffer:
             self._turn.append(slot)
         return request
 
+    def batches_before(self, request: GroupRequest) -> int:
+        """Whole batches that are trained before the one a living group is in, at most. In dispatch order."""
+        later = next(number for number, id in enumerate(reversed(self._slots)) if id == request.id)
+        return (self.alive - 1 - later) // self._gate.groups_per_step
+
     def add(self, scored: Scored) -> list[Dropped]:
         """A finished episode. Returns the groups that were dropped as a consequence.
 

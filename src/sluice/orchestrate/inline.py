@@ -22,6 +22,7 @@ from sluice.orchestrate.evaluation import EvalResult, Evaluator
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.pool import Apart, Shared
 from sluice.orchestrate.producer import Found, Producer
+from sluice.orchestrate.refusal import refusal
 from sluice.orchestrate.run import Run, Supply
 from sluice.orchestrate.scaling import Scaler
 from sluice.orchestrate.serving import Rollout, open_rollout
@@ -90,7 +91,7 @@ class InlineRun(Run):
                 self._view.log(f"unfinished episodes go on from {kept} turns")
             return Producer(
                 rollout.runner, self._rubric, rollout.chat, journal, seed=config.seed, recovered=found.episodes,
-                may_use=self._may_use(lineage, gate), stall=stall, retries=config.rollout.retries, turns=continuing,
+                refusal=refusal(gate, lineage), stall=stall, retries=config.rollout.retries, turns=continuing,
             )  # fmt: skip
 
         def figures() -> dict[str, float]:
@@ -157,8 +158,8 @@ def make_evaluator(
     rubric.check({prompt.task for prompt in data.held_out})
     rubric.check_prompts(data.held_out)
     judge = Producer(
-        rollout.runner, rubric, rollout.chat, journal, seed=config.seed, recovered={}, may_use=lambda version: True,
-        stall=stall,
+        rollout.runner, rubric, rollout.chat, journal, seed=config.seed, recovered={},
+        stall=stall, refusal=lambda version, due: "",
     )  # fmt: skip
     sampling = (chosen.sampling or config.rollout.sampling).params(eos=rollout.chat.eos)
     return Evaluator(

@@ -45,7 +45,7 @@ from sluice.orchestrate.producer import Producer
 from sluice.orchestrate.progress import Progress
 from sluice.orchestrate.saver import Saver, snapshots
 from sluice.train.base import Critic, StepStats, Trainer
-from sluice.types import Group, Scored, Version
+from sluice.types import Group, GroupRequest, Scored, Version
 from sluice.weights.base import Published
 from sluice.weights.lineage import Lineage
 from sluice.weights.store import WeightStore
@@ -91,7 +91,7 @@ class Loop:
         """Train `config.steps` batches, evaluating and checkpointing on the way."""
         parts, config = self._parts, self._config
         for request, samples in parts.buffer.unfinished():
-            parts.producer.start(request, samples)
+            parts.producer.start(request, samples, due=self._due(request))
         while self.progress.batch < config.steps:
             with self._phase("rollout"):
                 groups = await self._fill()
@@ -174,11 +174,18 @@ class Loop:
         """Ask for as many groups as the gate admits and the batches that are left can train."""
         buffer = self._parts.buffer
         left = (self._config.steps - self.progress.batch) * self._config.groups_per_step - buffer.alive
-        requests = [buffer.request() for _ in range(min(buffer.want(), left))]
+        requests: list[tuple[GroupRequest, int]] = []
+        for _ in range(min(buffer.want(), left)):
+            request = buffer.request()
+            requests.append((request, self._due(request)))
         if requests:
-            self._parts.journal.write_now(*(GroupRecord(request) for request in requests))
-        for request in requests:
-            self._parts.producer.start(request, range(request.n))
+            self._parts.journal.write_now(*(GroupRecord(request) for request, _ in requests))
+        for request, due in requests:
+            self._parts.producer.start(request, range(request.n), due=due)
+
+    def _due(self, request: GroupRequest) -> int:
+        """Step of the weights in use when the group's batch is taken, at most. In dispatch order."""
+        return self.progress.step + self._parts.buffer.batches_before(request) * self._parts.gate.updates
 
     async def _record_drops(self, dropped: Sequence[Dropped]) -> None:
         self._dropped += dropped

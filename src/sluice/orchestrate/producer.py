@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -15,13 +15,14 @@ from sluice.errors import LogError
 from sluice.log.records import Disposition, DispositionRecord, EpisodeRecord, FaultRecord, RewardRecord
 from sluice.orchestrate.comparing import Member, Table, failed
 from sluice.orchestrate.journal import Journal
+from sluice.orchestrate.refusal import Refusal
 from sluice.orchestrate.stall import Stall
 from sluice.rewards.base import VerifierFailure
 from sluice.rewards.rubric import Response, Rubric
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.engines.continuing import Continuing
 from sluice.rollout.runners.base import EpisodeRequest, Runner
-from sluice.types import Episode, GroupRequest, Outcome, Reward, Scored, Version, expand
+from sluice.types import Episode, GroupRequest, Outcome, Reward, Scored, expand
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Producer:
         journal: the log.
         seed: of the run; with prompt, group and sample it keys the sampling noise.
         recovered: episodes of an interrupted run by id; used instead of generating them again.
-        may_use: whether a recovered episode's version still belongs to the run; see `Lineage.in_line`.
+        refusal: asked for each version that drew tokens of a recovered episode; with a reason it is sampled again.
         stall: deadline of `next`.
         retries: how often an infra failure is run again.
         turns: the engine of the runner, where it keeps the turns of unfinished episodes.
@@ -73,7 +74,7 @@ class Producer:
         *,
         seed: int,
         recovered: Mapping[str, Recovered],
-        may_use: Callable[[Version], bool],
+        refusal: Refusal,
         stall: Stall,
         retries: int = 0,
         turns: Continuing | None = None,
@@ -81,7 +82,7 @@ class Producer:
         self._runner, self._rubric, self._renderer, self._journal = runner, rubric, renderer, journal
         self._seed = seed
         self._recovered = dict(recovered)
-        self._may_use = may_use
+        self._refusal = refusal
         self._stall = stall
         self._retries = retries
         self._turns = turns
@@ -93,12 +94,18 @@ class Producer:
         """Episodes under way."""
         return len(self._tasks)
 
-    def start(self, request: GroupRequest, samples: Iterable[int]) -> None:
-        """Begin episodes of a group: all of it, or those that a resumed run has not got yet."""
+    def start(self, request: GroupRequest, samples: Iterable[int], *, due: int = 0) -> None:
+        """Begin episodes of a group: all of it, or those that a resumed run has not got yet.
+
+        Args:
+            due: step of the weights in use when the group's batch is taken, at most: until then recovered episodes
+                grow older.
+        """
         samples = list(samples)
         table = Table(len(samples), self._compare) if self._rubric.compares(request.prompt.task) else None
         for sample in samples:
-            work = self._episode(request, sample) if table is None else self._member(request, sample, table, samples)
+            place = request, sample, due
+            work = self._episode(*place) if table is None else self._member(*place, table, samples)
             task = asyncio.create_task(work, name=request.episode_id(sample))
             self._tasks.add(task)
             task.add_done_callback(self._done)
@@ -119,15 +126,17 @@ class Producer:
             task = await self._finished.get()
         return task.result()
 
-    async def _episode(self, request: GroupRequest, sample: int) -> Scored:
-        episode, reward = await self._run(request, sample)
+    async def _episode(self, request: GroupRequest, sample: int, due: int) -> Scored:
+        episode, reward = await self._run(request, sample, due)
         if episode.outcome.counts and reward is None:
             episode, reward = await self.judge(episode)
         return _scored(episode, reward)
 
-    async def _member(self, request: GroupRequest, sample: int, table: Table, started: Sequence[int]) -> Scored:
+    async def _member(
+        self, request: GroupRequest, sample: int, due: int, table: Table, started: Sequence[int]
+    ) -> Scored:
         """An episode of a group that is compared. In the log it has a reward when all of its group have."""
-        episode, reward = await self._run(request, sample)
+        episode, reward = await self._run(request, sample, due)
         whole = reward is not None
         if episode.outcome.counts and reward is None:
             if len(started) == request.n:
@@ -137,9 +146,9 @@ class Producer:
         member = await table.join(Member(episode, reward, whole))
         return _scored(member.episode, member.reward)
 
-    async def _run(self, request: GroupRequest, sample: int) -> tuple[Episode, Reward | None]:
+    async def _run(self, request: GroupRequest, sample: int, due: int) -> tuple[Episode, Reward | None]:
         """The finished episode, logged; with its reward when an earlier run has logged that too."""
-        found = await self._recover(request, sample)
+        found = await self._recover(request, sample, due)
         if found is not None:
             return found.episode, found.reward
         failures = 0
@@ -170,15 +179,16 @@ class Producer:
             asked.receipt.settle(logged=False)
         return None if again else episode
 
-    async def _recover(self, request: GroupRequest, sample: int) -> Recovered | None:
+    async def _recover(self, request: GroupRequest, sample: int, due: int) -> Recovered | None:
         found = self._recovered.pop(request.episode_id(sample), None)
         if found is None:
             return None
         versions = {span.version for turn in found.episode.sampled_turns() for span in turn.spans}
-        abandoned = sorted(version for version in versions if not self._may_use(version))
-        if found.episode.prompt.id == request.prompt.id and not abandoned:
+        reason = next((reason for version in sorted(versions) if (reason := self._refusal(version, due))), "")
+        if not reason and found.episode.prompt.id != request.prompt.id:
+            reason = "another prompt has this place now"
+        if not reason:
             return found
-        reason = f"abandoned version {abandoned[0]}" if abandoned else "another prompt has this place now"
         await self._journal.write(
             DispositionRecord(found.episode.id, found.episode.group_id, Disposition.DROPPED, reason=reason)
         )

@@ -11,6 +11,7 @@ from sluice.orchestrate.inline import facts
 from sluice.orchestrate.journal import Journal
 from sluice.orchestrate.pool import Apart
 from sluice.orchestrate.producer import Found, Producer
+from sluice.orchestrate.refusal import refusal
 from sluice.orchestrate.replay import (
     NoEngine,
     RecordedStrategy,
@@ -63,7 +64,7 @@ class ReplayRun(Run):
         def produce(found: Found) -> Producer:
             return ReplayProducer(
                 Recording(groups, lineage), self._rubric, renderer, journal, seed=config.seed, recovered=found.episodes,
-                may_use=self._may_use(lineage, gate), stall=Stall(config.limits.stall_seconds), again=self._again,
+                refusal=refusal(gate, lineage), stall=Stall(config.limits.stall_seconds), again=self._again,
             )  # fmt: skip
 
         return Supply(

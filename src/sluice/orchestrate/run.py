@@ -40,6 +40,7 @@ from sluice.orchestrate.pool import Pool
 from sluice.orchestrate.producer import Found, Producer
 from sluice.orchestrate.progress import Progress
 from sluice.orchestrate.recovery import alive_episodes, alive_requests, first_alive, logged_episodes, logged_versions
+from sluice.orchestrate.refusal import refusal, too_old
 from sluice.orchestrate.saver import Saver
 from sluice.orchestrate.setup import Data, initial_model, load_data, make_critic, total_updates
 from sluice.orchestrate.streams import frozen_policies
@@ -176,7 +177,7 @@ class Run(ABC):
         """Activate the first weights, measure them, run the loop, measure again."""
         await loop.publish()
         if not fresh:
-            self._renew(parts)
+            self._renew(parts, loop.progress.step)
         if parts.evaluator and (fresh or loop.progress.held is not None):
             await loop.evaluate(wait=False)
         if fresh:
@@ -254,25 +255,18 @@ class Run(ABC):
         journal.write_now(ResumeRecord(progress.step, int(state["cursor"])))
         return progress, found
 
-    def _may_use(self, lineage: Lineage, gate: Gate) -> Callable[[Version], bool]:
-        """Where the gate waits, an episode of an abandoned version, or of one too old, is sampled again; else the gate
-        judges it."""
-        if gate.config.effective_on_stale is not OnStale.WAIT:
-            return lambda version: True
-        return lambda version: lineage.in_line(version) and lineage.lag(version) <= gate.config.max_lag
-
-    def _renew(self, parts: Parts) -> None:
+    def _renew(self, parts: Parts, step: int) -> None:
         """A run that goes on under a tighter bound leaves what cannot keep it, and asks for these prompts again."""
-        gate, may_use = parts.gate, self._may_use(parts.lineage, parts.gate)
+        gate, refused = parts.gate, refusal(parts.gate, parts.lineage)
         if gate.config.effective_on_stale is not OnStale.WAIT:
             return
 
-        def too_old(scored: Scored) -> bool:
+        def old(scored: Scored) -> bool:
             turns = scored.episode.sampled_turns()
-            return not all(may_use(span.version) for turn in turns for span in turn.spans)
+            return any(refused(span.version, step) for turn in turns for span in turn.spans)
 
-        left = parts.buffer.renew(too_old)
-        reason = f"sampled under a wider bound than max_lag = {gate.config.max_lag}, before the resume"
+        left = parts.buffer.renew(old)
+        reason = too_old(gate.config.max_lag)
         if left:
             parts.journal.write_now(*(
                 DispositionRecord(each.episode.id, each.episode.group_id, Disposition.DROPPED, reason=reason)
