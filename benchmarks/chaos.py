@@ -4,19 +4,19 @@
 
 A small recipe with two engine servers behind the real router, two trainer ranks, lag 2, and a gateway that agents
 elsewhere come to runs as a process of its own; so do the agents (`benchmarks.chaos_agent`). At random places of its log
-one of its parts meets a fault, until there were as many as asked for; after 21, which is every pair of part and fault
-once, another such run begins.
+one of its parts meets a fault, until there were as many as asked for; after 22, which is every pair of part and fault
+once, another such run begins. A plan that has no room for all pairs leaves out others than cuts.
 
-* parts: an engine server, a trainer rank, the router, the controller, which holds the loop and the gateway, an agent,
-  and the gateway. A controller that was killed is started again with `--resume`, and an agent that was killed by its
+* parts: an engine server, a trainer rank, the router, the controller, which holds the loop and the gateway, and an
+  agent. A controller that was killed is started again with `--resume`, and an agent that was killed by its
   owner, which is this program; everything else is up to the run.
 * faults: `kill` is SIGKILL; `freeze` is SIGSTOP, and SIGCONT some seconds later; `slow` is many short freezes in a row,
   so that the part gets a tenth of its time; `cut` ends one of its connections or all of them, closed or reset, while
-  both ends live (`benchmarks.cut`): those between controller, router and servers, the mesh of the ranks, a rank's
-  connection to the controller, an agent's to the gateway.
-* The gateway lives in the controller, so all but `cut` are the controller's: there every connection that clients have
-  to it is ended at once. The gateway that stands alone, `sluice serve`, is the same class without a run behind it that
-  could go on, so it is no part here.
+  both ends live (`benchmarks.cut`): those between controller, router and servers, and an agent's to the gateway.
+* Three more parts are in those processes, and can only be cut off: the mesh by which the ranks work together, the
+  connection by which one of them is called, and the gateway, in the controller, where every connection that clients
+  have to it is ended at once. The gateway that stands alone, `sluice serve`, is the same class without a run behind it
+  that could go on, so it is no part here.
 
 The plan follows from the seed; what the parts do at that moment does not. Every run must complete, and its log must
 show, or the command fails: every finished episode has one fate in the surviving lineage, none was trained twice, every
@@ -31,10 +31,10 @@ from __future__ import annotations
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,10 @@ from sluice.config.run import RunConfig
 from sluice.log import LogReader
 
 KINDS = ("kill", "freeze", "slow", "cut")
-PAIRS = (*product(("engine", "rank", "router", "controller", "agent"), KINDS), ("gateway", "cut"))
+WHOLE = ("engine", "router", "controller", "agent")
+PAIRS = (*product(WHOLE, KINDS), *product(("rank",), KINDS[:-1]), *product(("mesh", "calls", "gateway"), KINDS[-1:]))
 """Part and fault."""
-PER_RUN = 21
+PER_RUN = len(PAIRS)
 LAG = 2
 GROUPS, SAMPLES = 4, 4
 IDLE = 8.0
@@ -100,17 +101,18 @@ class Met:
 
 
 def plan(faults: int, seed: int) -> list[Fault]:
-    """Every pair of part and fault before any of them comes again."""
-    return list(islice(_endless(random.Random(seed)), faults))
-
-
-def _endless(chance: random.Random) -> Iterator[Fault]:
-    while True:
-        deck = list(PAIRS)
-        chance.shuffle(deck)
+    """Every pair of part and fault before any of them comes again; where there is no room for all, cuts go first."""
+    chance = random.Random(seed)
+    planned: list[Fault] = []
+    while len(planned) < faults:
+        deck = chance.sample(PAIRS, len(PAIRS))
+        room = faults - len(planned)
+        held = set(sorted(deck, key=lambda pair: pair[1] != "cut")[:room])
         for part, kind in deck:
-            seconds = chance.uniform(*(AGENT_FREEZE if part == "agent" else FREEZE))
-            yield Fault(part, kind, chance.randint(*GAP), seconds, chance.getrandbits(32))
+            if (part, kind) in held:
+                seconds = chance.uniform(*(AGENT_FREEZE if part == "agent" else FREEZE))
+                planned.append(Fault(part, kind, chance.randint(*GAP), seconds, chance.getrandbits(32)))
+    return planned
 
 
 def recipe(folder: Path, faults: int) -> RunConfig:

@@ -18,7 +18,9 @@ from benchmarks.cut import connections, end_connection
 from sluice.config.run import RunConfig
 from sluice.rollout.process import die_with
 
-WORDS = {"engine": "embedded.server", "rank": "ranks.program", "router": "smg::router"}
+WORDS = {"engine": "embedded.server", "router": "smg::router"} | dict.fromkeys(
+    ("rank", "mesh", "calls"), "ranks.program"
+)
 """What the command lines of the controller's children hold once they serve: the router renames itself then."""
 AGENTS, THREADS = 3, 2
 KEY = "SLUICE_OWNER_KEY"
@@ -92,7 +94,7 @@ class Parts:
         return code == 0
 
     def find(self, part: str) -> list[psutil.Process]:
-        """Processes of a part that are alive. The gateway is in the controller's."""
+        """Processes of a part that are alive. The gateway is in the controller's, mesh and calls are in the ranks'."""
         if part == "agent":
             return [psutil.Process(each.pid) for each in self._agents if each.poll() is None]
         with suppress(psutil.NoSuchProcess):
@@ -116,12 +118,12 @@ class Parts:
     def cut(self, part: str, victim: psutil.Process, chance: random.Random) -> int:
         """End connections of a process, closed or reset, and say how many.
 
-        All that clients have to the gateway at once; half the time a rank's connection to the controller, a socket pair
-        whose number is its last argument but one; else one or all of the process's TCP connections, the gateway's left
-        out.
+        All that clients have to the gateway at once; the one that a rank is called by, a socket pair whose number is
+        its last argument but one, which can only be closed; else one or all of the process's TCP connections, the
+        gateway's left out.
         """
-        reset, one, control = (chance.random() < 0.5 for _ in range(3))
-        if part == "rank" and control:
+        reset, one = (chance.random() < 0.5 for _ in range(2))
+        if part == "calls":
             return int(end_connection(victim.pid, int(victim.cmdline()[-2])))
         every, clients = connections(victim.pid), connections(victim.pid, port=self.config.rollout.gateway.port)
         found = clients if part == "gateway" else [each for each in every if each not in clients]

@@ -20,7 +20,7 @@ def test_nothing_is_lost_or_trained_twice_whatever_part_is_hit(tmp_path: Path) -
     print(json.dumps(result, indent=1))
     proof = result["proof"]
     assert kept == [result]
-    assert (result["faults"], result["runs"]) == (21, 1)
+    assert (result["faults"], result["runs"]) == (22, 1)
     assert result["recovery_seconds"].keys() == {"all", *(f"{part} {kind}" for part, kind in PAIRS)}
     assert (proof["lost"], proof["decided_twice"], proof["steps_without_their_batch"]) == (0, 0, 0)
     assert proof["finished_episodes"] >= proof["steps"] * 16

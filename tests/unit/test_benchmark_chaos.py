@@ -43,8 +43,17 @@ def trained(id: str, step: int, masked: int = 0) -> DispositionRecord:
 
 def test_a_plan_follows_from_its_seed_and_leaves_nothing_out() -> None:
     assert plan(30, 7) == plan(30, 7) != plan(30, 8)
-    pairs = [(fault.part, fault.kind) for fault in plan(42, 7)]
-    assert set(pairs[:21]) == set(pairs[21:]) == set(PAIRS)
+    pairs = [(fault.part, fault.kind) for fault in plan(44, 7)]
+    assert set(pairs[:22]) == set(pairs[22:]) == set(PAIRS)
+
+
+def test_a_plan_without_room_for_all_pairs_holds_every_cut() -> None:
+    cuts = {pair for pair in PAIRS if pair[1] == "cut"}
+    assert {("mesh", "cut"), ("calls", "cut")} < cuts
+    for seed in range(20):
+        pairs = [(fault.part, fault.kind) for fault in plan(20, seed)]
+        assert len(set(pairs)) == 20
+        assert cuts < set(pairs) < set(PAIRS)
 
 
 def test_lag_is_counted_from_the_version_in_use_when_a_step_begins() -> None:
