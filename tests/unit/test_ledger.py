@@ -14,6 +14,7 @@ from sluice.algos import make_algorithm
 from sluice.orchestrate.ledger import GENERATES, TRAINS, ledger
 from sluice.orchestrate.saver import snapshots
 from sluice.orchestrate.setup import make_critic
+from sluice.train.backends.critic import TorchCritic
 from sluice.train.backends.torch import TorchTrainer
 from sluice.train.packing import make_batch
 from sluice.types import Normaliser
@@ -32,7 +33,8 @@ def test_a_checkpoint_that_is_written_is_counted(tmp_path: Path, dtype: str, alg
     assert entry.when == {GENERATES, TRAINS}
     trainer = TorchTrainer(config.train, model, total_steps=2, seed=0)
     trainer.step(make_batch(make_samples((12, 9)), budget=64, normaliser=Normaliser.TOKEN), ratio_loss)
-    critic = make_critic(config, method, model, device="cpu")
+    critic = make_critic(config, method, model, trainer, device="cpu")
+    assert critic is None or isinstance(critic, TorchCritic)
     expected = 0
     for part, write in snapshots(trainer, critic, copy=True).items():
         folder = tmp_path / "checkpoint" / part

@@ -113,7 +113,8 @@ class Run(ABC):
             "policy", config.train, start, total_steps=total_updates(config, algorithm), seed=config.seed,
             frozen=frozen,
         )  # fmt: skip
-        return stack.enter_context(opened), make_critic(config, algorithm, start, device=self._device)
+        trainer = stack.enter_context(opened)
+        return trainer, make_critic(config, algorithm, start, trainer, device=self._device)
 
     def _make_loop(self, parts: Parts, progress: Progress) -> Loop:
         return Loop(self._config, parts, progress)

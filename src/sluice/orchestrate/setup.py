@@ -29,6 +29,9 @@ from sluice.rollout.engines.sglang import SGLangEngine, make_fleet
 from sluice.rollout.engines.sglang.hosting import Hosts
 from sluice.rollout.runners.base import Runner
 from sluice.train.backends.critic import TorchCritic
+from sluice.train.base import Critic, Trainer
+from sluice.train.ranks.critic import RankedCritic
+from sluice.train.ranks.trainer import RankedTrainer
 from sluice.types import Prompt, Version
 from sluice.weights.base import Sink
 
@@ -151,12 +154,19 @@ def total_updates(config: RunConfig, algorithm: Algorithm) -> int:
     return max(config.steps - alone, 0) * algorithm.updates_per_batch
 
 
-def make_critic(config: RunConfig, algorithm: Algorithm, start: Path, *, device: str) -> TorchCritic | None:
-    """The value model that starts as the policy does; None for an algorithm without one."""
+def make_critic(
+    config: RunConfig, algorithm: Algorithm, start: Path, trainer: Trainer, *, device: str
+) -> Critic | None:
+    """The value model that starts as the policy does; None for an algorithm without one.
+
+    Under Megatron it is over the ranks of `trainer`, the policy's.
+    """
     if not isinstance(algorithm, ActorCritic):
         return None
     chosen = algorithm.critic
     total = config.steps * algorithm.updates_per_batch * chosen.updates
+    if config.train.backend == "megatron" and isinstance(trainer, RankedTrainer):
+        return RankedCritic(trainer.replicas, chosen, total_steps=total)
     return TorchCritic(chosen, config.train, start, total_steps=total, device=device)
 
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from safetensors import safe_open
 from torch import Tensor
 
 from sluice.config.train import TrainConfig
 from sluice.errors import TrainError
 from sluice.plugins import loaded_files
 from sluice.train.base import Loss, Snapshot, StepStats
-from sluice.train.layout import Layout
-from sluice.train.packing import check_fit, split_over, spread
 from sluice.train.ranks.crew import Crew
+from sluice.train.ranks.replicas import Replicas
 from sluice.train.ranks.spec import RankSpec
-from sluice.train.ranks.weights import read_weights
-from sluice.train.ranks.work import StepPart
 from sluice.train.schedule import learning_rate
 from sluice.train.totals import StepTotals
 from sluice.types import TrainBatch, TrainSample
@@ -29,9 +26,7 @@ from sluice.types import TrainBatch, TrainSample
 class RankedTrainer:
     """Implements `train.base.Trainer` over a crew of ranks, with the backend that `config` names.
 
-    Every batch is shared out by tokens over the replicas of the model (`Layout`); each makes as many passes as any
-    other. Gradients are summed over replicas, and figures are put together here from what each tells of its tokens, so
-    neither depends on the split.
+    How a batch is shared out over the ranks shows in no figure; see `Replicas`.
 
     Args:
         crew: the ranks, started and not begun; they end with the trainer, or when it cannot be made.
@@ -59,7 +54,7 @@ class RankedTrainer:
     ) -> None:
         self._crew = crew
         self._config = config
-        self._layout = Layout.of(config, ranks=crew.size)
+        self.replicas = Replicas(crew, config)
         self._total_steps = total_steps
         self._steps_done = 0
         self._streams = {"proximal", "reference", *(frozen or {})}
@@ -78,16 +73,10 @@ class RankedTrainer:
                 )
                 for rank, device in enumerate(devices)
             ]  # fmt: skip
-            self._call("begin", [(spec,) for spec in specs])
+            self.replicas.each("begin", [(spec,) for spec in specs])
         except BaseException:
             self.close()
             raise
-
-    def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return self._crew.call(method, arguments, seconds=self._config.rank_seconds)
-
-    def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return self._call(method, [arguments] * self._crew.size)
 
     def close(self) -> None:
         """End the ranks. Harmless when repeated."""
@@ -97,7 +86,7 @@ class RankedTrainer:
     def _runs_alone(self, stream: str) -> bool:
         """Whether a pass for `stream` holds one sample; every rank says the same."""
         if stream not in self._alone:
-            self._alone[stream] = bool(self._all("alone", stream)[0])
+            self._alone[stream] = bool(self.replicas.all("alone", stream)[0])
         return self._alone[stream]
 
     # ── scoring and training ────────────────────────────────────────────────────────────────────────────
@@ -113,25 +102,8 @@ class RankedTrainer:
             )
         if not samples or not streams:
             return list(samples)
-        budget = self._config.micro_batch_tokens
-        check_fit(samples, budget)
-        names = sorted(streams)
-        alone = any(self._runs_alone(name) for name in names)
-        shares = spread(
-            [len(sample) for sample in samples], self._layout.replicas, budget, alone=alone,
-            multiple=self._layout.passes_multiple,
-        )  # fmt: skip
-        passes = [[[samples[index] for index in members] for members in share] for share in shares]
-        found: list[dict[str, list[np.ndarray]]] = self._shared("score", [(names, mine) for mine in passes])
-        filled = list(samples)
-        for share, values in zip(shares, found, strict=True):
-            for number, members in enumerate(share):
-                ends = np.cumsum([len(samples[index]) for index in members])[:-1]
-                for name in names:
-                    parts = np.split(values[name][number], ends) if members else []
-                    for index, part in zip(members, parts, strict=True):
-                        filled[index] = filled[index].with_streams(**{name: part})
-        return filled
+        alone = any(self._runs_alone(name) for name in streams)
+        return self.replicas.score("score", samples, sorted(streams), alone=alone)
 
     def step(self, batch: TrainBatch, loss: Loss) -> StepStats:
         """See `Trainer.step`."""
@@ -139,46 +111,26 @@ class RankedTrainer:
             return StepTotals(batch).skipped(
                 lr=learning_rate(self._config.optimizer, self._steps_done, self._total_steps)
             )
-        shares, whole = self._shares(batch)
-        totals = StepTotals(whole)
-        parts: list[StepPart] = self._shared("step", [(share, loss, totals.streams) for share in shares])
-        for share, part in zip(shares, parts, strict=True):
-            for micro, result in zip(share, part.results, strict=True):
-                if result is not None:
-                    totals.add(micro, result)
-        if not np.isfinite(parts[0].grad_norm):
-            raise totals.not_finite()
+        stats = self.replicas.step("step", batch, loss, alone=self._runs_alone("proximal"))
         self._steps_done += 1
-        return totals.stats(grad_norm=parts[0].grad_norm, lr=parts[0].lr)
+        return stats
 
     def gradients(self, batch: TrainBatch, loss: Loss) -> dict[str, Tensor]:
         """The gradient of the step's loss by parameter name, before clipping. For tests and inspection."""
-        shares, whole = self._shares(batch)
+        shares, whole = self.replicas.shares(batch, alone=self._runs_alone("proximal"))
         streams = StepTotals(whole).streams
-        parts: list[dict[str, Tensor]] = self._call(
-            "gradients", self._layout.to_ranks([(share, loss, streams) for share in shares])
+        parts: list[dict[str, Tensor]] = self.replicas.each(
+            "gradients", self.replicas.layout.to_ranks([(share, loss, streams) for share in shares])
         )
         return {name: gradient for part in parts for name, gradient in part.items()}
 
-    def _shared(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call every rank with the arguments of its replica; what the replicas answer."""
-        return self._layout.from_ranks(self._call(method, self._layout.to_ranks(arguments)))
-
-    def _shares(self, batch: TrainBatch) -> tuple[list[Any], TrainBatch]:
-        """The batch's micro-batches by replica, and the batch that they make together."""
-        shares = split_over(
-            batch, self._layout.replicas, self._config.micro_batch_tokens, alone=self._runs_alone("proximal"),
-            multiple=self._layout.passes_multiple,
-        )  # fmt: skip
-        return shares, TrainBatch(tuple(micro for share in shares for micro in share if micro.samples))
-
     def offload(self) -> None:
         """See `Trainer.offload`."""
-        self._all("offload")
+        self.replicas.all("offload")
 
     def onload(self) -> None:
         """See `Trainer.onload`."""
-        self._all("onload")
+        self.replicas.all("onload")
 
     # ── weights and state ───────────────────────────────────────────────────────────────────────────────
 
@@ -189,30 +141,46 @@ class RankedTrainer:
             TrainError: two ranks wrote a tensor of one name.
         """
         with tempfile.TemporaryDirectory(prefix="weights-", dir=self._scratch) as folder:
-            self._all("write_weights", Path(folder))
-            yield from read_weights(Path(folder))
+            self.replicas.all("write_weights", Path(folder))
+            yield from _tensors(sorted(Path(folder).glob("*.safetensors")))
 
     def snapshot(self, *, copy: bool = True) -> Snapshot:
         """See `Trainer.snapshot`. Ranks hold it, and those that have something of it write that beside what all are
         called for."""
-        holders = [rank for rank, holds in enumerate(self._all("snapshot", copy)) if holds]
-        return Snapshot(partial(self._write, holders, "model"), partial(self._write, holders, "state"))
-
-    def _write(self, holders: Sequence[int], part: str, folder: Path) -> None:
-        self._crew.beside("write", part, folder.absolute(), ranks=holders, seconds=self._config.rank_seconds)
+        holders = [rank for rank, holds in enumerate(self.replicas.all("snapshot", copy)) if holds]
+        return Snapshot(self.replicas.writer("model", holders), self.replicas.writer("state", holders))
 
     def save_model(self, folder: Path) -> None:
         """See `Trainer.save_model`."""
-        self._all("save_model", folder.absolute())
+        self.replicas.all("save_model", folder.absolute())
 
     def save_state(self, folder: Path) -> None:
         """See `Trainer.save_state`. Any number of ranks reads it again, one without ranks too."""
-        self._all("save_state", folder.absolute())
+        self.replicas.all("save_state", folder.absolute())
 
     def load_state(self, model: Path, state: Path) -> None:
         """See `Trainer.load_state`."""
-        self._steps_done = int(self._all("load_state", model.absolute(), state.absolute())[0])
+        self._steps_done = int(self.replicas.all("load_state", model.absolute(), state.absolute())[0])
 
     def peak_memory(self) -> list[int]:
         """See `Trainer.peak_memory`."""
-        return [int(found) for found in self._all("peak_memory")]
+        return [int(found) for found in self.replicas.all("peak_memory")]
+
+
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the files, which have no name in common."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        names = [list(tensors.keys()) for tensors in opened]
+        counts = Counter(name for found in names for name in found)
+        twice = sorted(name for name, count in counts.items() if count > 1)
+        if twice:
+            holders = " and ".join(file.name for file, found in zip(files, names, strict=True) if twice[0] in found)
+            raise TrainError(
+                f"the ranks wrote {twice[0]!r} more than once, in {holders}, and {len(twice) - 1} further tensors",
+                hint="this is a fault of the backend: weights that are not whole are not published; go on with another "
+                "train.backend, and report it",
+            )
+        for tensors, found in zip(opened, names, strict=True):
+            for name in found:
+                yield name, tensors.get_tensor(name)

@@ -81,14 +81,15 @@ class MegatronCritic:
         weights = {f"{WEIGHT}/{name}": tensor for name, tensor in self.model.whole_weights().items()}
         return optimizer_writer({**self.model.whole_state(), **weights}, self.model.optimizer.steps_done)
 
-    def load_state(self, folder: Path) -> None:
-        """See `Critic.load_state`."""
+    def load_state(self, folder: Path) -> int:
+        """See `Critic.load_state`. Returns the optimizer steps that were done."""
         with (
             self.model.on_device(),
             SavedState(folder, self._described, masters=self.model.has_master, also=(WEIGHT,)) as saved,
         ):
             self.model.load(lambda own: saved.part(WEIGHT, own.described, *self.model.place))
             self.model.restore(saved)
+            return saved.steps_done
 
 
 def _with_value_head(described: Architecture) -> Architecture:

@@ -136,9 +136,11 @@ class MegatronWorker:
             device=self._device,
         )  # fmt: skip
 
-    def critic_score(self, passes: Sequence[Sequence[TrainSample]]) -> list[np.ndarray]:
-        """Speakers: values by pass, `[tokens of the pass]`."""
-        return self._valued.score(passes)
+    def critic_score(
+        self, streams: Sequence[str], passes: Sequence[Sequence[TrainSample]]
+    ) -> dict[str, list[np.ndarray]]:
+        """Speakers: values by stream, which is one, and pass, `[tokens of the pass]`."""
+        return {stream: self._valued.score(passes) for stream in streams}
 
     def critic_step(self, micros: Sequence[MicroBatch], loss: ValueLoss, streams: frozenset[str]) -> StepPart:
         """As `step`."""
@@ -158,8 +160,9 @@ class MegatronWorker:
             self._taken["critic"] = taken
         return "critic" in self._taken
 
-    def critic_load(self, folder: Path) -> None:
-        self._valued.load_state(folder)
+    def critic_load(self, folder: Path) -> int:
+        """Returns the optimizer steps that were done."""
+        return self._valued.load_state(folder)
 
     @property
     def _valued(self) -> MegatronCritic:
