@@ -1,7 +1,7 @@
 """Engine and trainer taking turns on one device: seconds of each switch, memory between them, what a round costs.
 
     python -m benchmarks.colocate [KEY=VALUE ...] [--recipe recipes/smollm2.py] [--rounds 6] [--prompts 16]
-                                  [--samples 8] [--answer 256] [--out FILE] [--runs FOLDER]
+                                  [--samples 8] [--answer 256] [--trainer torch] [--out FILE] [--runs FOLDER]
     python -m benchmarks.colocate --cpu-smoke        # a tiny random model and the embedded engine's server
     python -m benchmarks.colocate --shape qwen3-4b ...      # random weights in the shape of a model; see SHAPES
 
@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from benchmarks.ranks import policy_loss
 from benchmarks.rig import command_line, machine, parser, report, say
+from benchmarks.shapes import SHAPES, write_model
 from tests.tiny import merge, tiny
-from transformers import AutoModelForCausalLM, Qwen3Config
 
 from sluice import device
 from sluice.algos import make_algorithm
@@ -53,36 +52,24 @@ from sluice.types import STREAMS, Normaliser, TrainBatch, TrainSample
 from sluice.weights.lineage import Lineage
 from sluice.weights.store import WeightStore, digest
 
-SHAPES = {
-    "qwen3-4b": Qwen3Config(
-        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=128, vocab_size=151_936, max_position_embeddings=40_960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, tie_word_embeddings=True,
-    )
-}  # fmt: skip
-
 
 def shaped(name: str, tokenizer: Path, folder: Path) -> Path:
     """A model of random bfloat16 weights with the tokenizer of another, in `folder`."""
     if (folder / "config.json").exists():
         return folder
-    say(f"random weights in the shape of {name}")
     folder.mkdir(parents=True, exist_ok=True)
     for file in tokenizer.iterdir():
         if (file.suffix in {".json", ".txt"} and file.name != "config.json") or file.name == TEMPLATE_FILE:
             shutil.copy2(file, folder / file.name)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    del model
-    device.free_cached(device.resolve("auto"))
+    write_model(name, folder)
     return folder
 
 
 def configuration(arguments: argparse.Namespace) -> RunConfig:
     """The recipe with the command line's overrides, colocated."""
     changes: dict[str, Any] = {"runs_dir": str(arguments.runs), "placement": {"colocate": True}}
+    if arguments.trainer:
+        changes["train"] = {"backend": arguments.trainer}
     if arguments.cpu_smoke:
         changes |= {"rollout": {"embedded": {"servers": 1}}}
         return tiny(arguments.runs / "questions", **changes)
@@ -216,6 +203,7 @@ def main() -> None:
     arguments_of.add_argument("set", nargs="*", metavar="KEY=VALUE", help="values that replace the recipe's")
     arguments_of.add_argument("--recipe", default="recipes/smollm2.py")
     arguments_of.add_argument("--shape", choices=tuple(SHAPES), help="random weights in this shape instead")
+    arguments_of.add_argument("--trainer", choices=("torch", "megatron"), help="default: the recipe's")
     arguments_of.add_argument("--rounds", type=int, default=6)
     arguments_of.add_argument("--prompts", type=int, default=16)
     arguments_of.add_argument("--samples", type=int, default=8)

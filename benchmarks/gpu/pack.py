@@ -1,12 +1,13 @@
 """Pack the packages that a GPU host without a registry lacks into pieces small enough to carry one by one.
 
-    python3.12 benchmarks/gpu/pack.py OUT [--sets base nixl trl] [--find-links DIR]
+    python3.12 benchmarks/gpu/pack.py OUT [--sets base nixl trl megatron] [--find-links DIR]
 
 The host has Python 3.12 and torch 2.11.0+cu130 (see README.md beside this). `base` holds two folders of packages that
 never meet, `trainer` and `engine` (SGLang 0.5.17, its kernels without FlashAttention 3 and Blackwell, the router);
-`nixl` holds what prefill and decode engines need besides, `trl` what benchmarks/trl compares with. The sets are
-compressed tars, cut into `OUT/0/base.tar.xz.000`, `OUT/1/base.tar.xz.001`, ...; `setup.sh` joins them. Packages are
-installed here by the pip of `--python`, so that one must be a Python 3.12 on x86-64 Linux.
+`nixl` holds what prefill and decode engines need besides, `trl` what benchmarks/trl compares with, `megatron` what the
+trainer needs for that backend. The sets are compressed tars, cut into `OUT/0/base.tar.xz.000`, `OUT/1/base.tar.xz.001`,
+...; `setup.sh` joins them. Packages are installed here by the pip of `--python`, so that one must be a Python 3.12 on
+x86-64 Linux.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SETS = {
     "base": {"trainer": "trainer.txt", "engine": "engine.txt"},
     "nixl": {"engine": "nixl.txt"},
     "trl": {"trl": "trl.txt"},
+    "megatron": {"trainer": "megatron.txt"},
 }
 UNUSED = ("sgl_kernel/flash_ops.abi3.so", "sgl_kernel/sm100", "pycountry/locales")
 """Taken out after installation: 1.1 GB of FlashAttention 3, kernels of other GPUs, translated names of countries."""

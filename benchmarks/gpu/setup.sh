@@ -22,4 +22,7 @@ done
 printf '#!%s\nfrom sluice.cli import main\n\nmain()\n' "$site/trainer/bin/python" > "$site/trainer/bin/sluice"
 chmod +x "$site/trainer/bin/sluice"
 "$site/trainer/bin/python" -c 'import sluice, torch, transformers; print("trainer", torch.__version__, transformers.__version__)'
+if [ -d "$site/unpacked/trainer/megatron" ]; then
+  "$site/trainer/bin/python" -c 'import megatron.core as core; print("megatron-core", core.__version__)'
+fi
 "$site/engine/bin/python" -c 'import importlib.metadata as m, torch; print("engine", torch.__version__, m.version("sglang"), m.version("smg"))'

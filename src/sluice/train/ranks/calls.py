@@ -64,6 +64,6 @@ class Dispatcher:
         if method != "begin":
             return getattr(self._worker, method)(*arguments)
         spec: RankSpec = arguments[0]
-        module, name = WORKERS[spec.config.backend]
+        module, name = spec.worker or WORKERS[spec.config.backend]
         self._worker = getattr(import_module(module), name)(spec)
         return None

@@ -22,6 +22,7 @@ class RankSpec:
         device: `cpu`, or `cuda:N` of this process.
         plugins: files of the user's own code that were loaded in the controller.
         threads: of torch; None leaves its choice.
+        worker: module and class of the rank's `Worker`, such as one that measures; None is the backend's own.
     """
 
     rank: int
@@ -35,6 +36,7 @@ class RankSpec:
     frozen: Mapping[str, Path]
     plugins: tuple[Path, ...] = ()
     threads: int | None = None
+    worker: tuple[str, str] | None = None
 
     @property
     def layout(self) -> Layout:

@@ -34,6 +34,7 @@ class RankedTrainer:
         devices: of each rank.
         scratch: folder that all ranks and this process see; for the meeting of the ranks and for weights on their way.
         threads: of torch at each rank.
+        worker: see `RankSpec`.
 
     Raises:
         ConfigError, TrainError: as `TorchTrainer` does, from any rank.
@@ -51,6 +52,7 @@ class RankedTrainer:
         scratch: Path,
         frozen: Mapping[str, Path] | None = None,
         threads: int | None = None,
+        worker: tuple[str, str] | None = None,
     ) -> None:
         self._crew = crew
         self._config = config
@@ -69,7 +71,7 @@ class RankedTrainer:
             specs = [
                 RankSpec(
                     rank, crew.size, where, config, model_folder.absolute(), total_steps, seed, device, there,
-                    loaded_files(), threads,
+                    loaded_files(), threads, worker,
                 )
                 for rank, device in enumerate(devices)
             ]  # fmt: skip
