@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tests.tiny import SCRATCH, merge
 from tests.unit.family_cases import even, family
 
+from sluice.config.model import ScratchConfig
 from sluice.config.train import TrainConfig
+from sluice.models.build import make_scratch
 from sluice.train.ranks.crew import ProcessCrew
 from sluice.train.ranks.trainer import RankedTrainer
 
@@ -45,6 +48,13 @@ def tiny(folder: Path, name: str, **changes: Any) -> Path:
     return even(family(folder, name, num_hidden_layers=4, **changes))
 
 
+def small(folder: Path, **architecture: Any) -> Path:
+    """A model for whole runs, with the tokenizer of `tests.tiny`: two ranks divide it, in two blocks each."""
+    chosen = merge(SCRATCH, {"architecture": {"num_hidden_layers": 4, **architecture}})
+    make_scratch(ScratchConfig.model_validate(chosen), folder, seed=0)
+    return even(folder, 34)
+
+
 class _Lent(ProcessCrew):
     """Stays when a trainer is closed."""
 
@@ -77,19 +87,23 @@ class Rig:
         **train: Any,
     ) -> Iterator[RankedTrainer]:
         """A trainer on the first weights of `model`, over borrowed ranks."""
-        crew = self._crews.get(ranks)
-        if crew is None or not crew.usable:
-            crew = self._crews[ranks] = _Lent(
-                ranks, self._folder / f"ranks-{ranks}", [{"OMP_NUM_THREADS": "1"}] * ranks
-            )
         trainer = RankedTrainer(
-            crew, settings(ranks, layout, **train), model, total_steps=10, seed=0, devices=["cpu"] * ranks,
+            self.crew(ranks), settings(ranks, layout, **train), model, total_steps=10, seed=0, devices=["cpu"] * ranks,
             scratch=self._folder / "scratch", frozen=frozen, threads=1,
         )  # fmt: skip
         try:
             yield trainer
         finally:
             trainer.close()
+
+    def crew(self, ranks: int) -> ProcessCrew:
+        """Borrowed ranks that have not begun, or will begin anew."""
+        crew = self._crews.get(ranks)
+        if crew is None or not crew.usable:
+            crew = self._crews[ranks] = _Lent(
+                ranks, self._folder / f"ranks-{ranks}", [{"OMP_NUM_THREADS": "1"}] * ranks
+            )
+        return crew
 
     def end(self) -> None:
         for crew in self._crews.values():
