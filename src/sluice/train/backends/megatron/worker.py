@@ -42,7 +42,7 @@ class MegatronWorker:
         check_layout(described, tp=chosen.tp, pp=chosen.pp, vpp=chosen.vpp, cp=chosen.cp)
         meet(spec)
         shim.install()
-        from sluice.train.backends.megatron.division import divide  # megatron-core comes after the shim
+        from sluice.train.backends.megatron.division import divide  # its import takes seconds
         from sluice.train.backends.megatron.trainer import MegatronTrainer
 
         torch.manual_seed(spec.seed)
