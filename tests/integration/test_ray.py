@@ -19,6 +19,8 @@ import psutil
 import pytest
 import ray
 from tests.integration.test_elastic_run import gated, scaled_while_it_trains
+from tests.integration.test_evaluation_beside import summary
+from tests.integration.test_evaluation_servers import patient
 from tests.tiny import tiny
 
 from sluice.config import RunConfig
@@ -106,6 +108,25 @@ def test_colocated_on_ray(tmp_path: Path, lag: int) -> None:
         alone = recipe(tmp_path / "inline", "inline", **options)
         api.train(alone, view=NullView())
         assert logged(config) == logged(alone)
+
+
+@pytest.mark.parametrize("colocate", [False, True], ids=["apart", "by-turns"])
+def test_evaluations_on_actors_of_their_own(tmp_path: Path, colocate: bool) -> None:
+    """That of step 2 ends only when the run has sampled with the weights of step 3; results are those of one host."""
+    options: dict[str, Any] = {"every": 2, "checkpoints": 2, "train": {"ranks": 2, "rank_seconds": 120}}
+    place = {"runtime": "ray", "colocate": colocate}
+    config = patient(tmp_path / "ray", servers=1, placement=place, **options)
+    view = Listening()
+    api.train(config, view=view)
+    placed = sorted(line.partition(": at http")[0] for line in view.lines if ": at http" in line)
+    assert placed == ["embedded-0", "evaluation: embedded-0"]
+    assert (config.folder / "evaluation" / "engines" / "embedded-0.log").is_file()
+    assert [row["step"] for row in read_metrics(config.folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert ours() == []
+    alone = patient(tmp_path / "inline", servers=0, **options)
+    api.train(alone, view=NullView())
+    assert logged(config) == logged(alone)
+    assert summary(config) == summary(alone)
 
 
 def test_guests_ask_for_no_room_of_their_own() -> None:

@@ -60,6 +60,8 @@ def test_servers_of_the_evaluation_come_last_and_are_nobodys_spare(tmp_path: Pat
     assert assign_evaluation(run, "cpu").sglang.groups[0].devices == ()
     turns = tiny(tmp_path, train={"ranks": 4}, evaluation={"servers": 2}, placement={"colocate": True}, rollout=rollout)
     assert assign_evaluation(turns, "cuda:0").sglang.groups[0].devices == ("4,5", "6,7")
+    cluster = tiny(tmp_path, evaluation={"servers": 2}, placement={"runtime": "ray"}, rollout=rollout)
+    assert assign_evaluation(cluster, "cuda:0").sglang.groups[0].devices == (), "the cluster places them"
     more = tiny(tmp_path, train={"ranks": 2}, evaluation={"servers": 2}, rollout=rollout)
     with pytest.raises(ConfigError, match="asks for 4 accelerators of its own; of 8 that are visible 2 are left"):
         assign_evaluation(more, "cuda:0")

@@ -246,8 +246,6 @@ class RunConfig(Part):
                 "evaluation.servers are like the run's, and are placed behind them: leave one group in "
                 "rollout.sglang.groups, of one host and without devices"
             )
-        if self.placement.runtime == "ray":
-            raise ValueError("evaluation.servers are not there yet with placement.runtime = 'ray'; set it to 0")
         return self
 
     @model_validator(mode="after")

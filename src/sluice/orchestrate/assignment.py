@@ -66,6 +66,8 @@ def spare(config: RunConfig, device: str) -> list[str] | None:
 def assign_evaluation(config: RunConfig, device: str) -> RolloutConfig:
     """The rollout of `evaluation.servers`: servers like the run's, on accelerators behind everybody else's.
 
+    A cluster places them itself: nothing is named then.
+
     Args:
         device: resolved device of the run.
 
@@ -79,7 +81,7 @@ def assign_evaluation(config: RunConfig, device: str) -> RolloutConfig:
         return rollout.model_copy(update={"embedded": embedded, "gateway": gateway})
     each = rollout.sglang.groups[0]  # the only one, see `RunConfig`
     group = each.model_copy(update={"engines": count})
-    if visible:
+    if visible and config.placement.runtime == "inline":
         first = devices.index(device) + config.train.ranks
         left = visible[first + (0 if config.placement.colocate else each.accelerators * each.engines) :]
         if count * group.accelerators > len(left):

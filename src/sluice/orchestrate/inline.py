@@ -133,7 +133,9 @@ class InlineRun(Run):
         def tell(line: str) -> None:
             self._view.log(f"evaluation: {line}")
 
-        engine, sink = make_engine(own, start, tokenizer, device=self._device, folder=folder, tell=tell, spare=[])
+        engine, sink = make_engine(
+            own, start, tokenizer, device=self._device, folder=folder, tell=tell, hosts=self._measuring, spare=[]
+        )
         rollout = await open_rollout(
             stack, own, engine, tokenizer, folder=folder, template_kwargs=config.model.chat_template_kwargs, tell=tell,
             beside=(*config.rewards, *(config.evaluation.rewards or ())),

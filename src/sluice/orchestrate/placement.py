@@ -15,10 +15,16 @@ from sluice.rollout.engines.sglang.hosting import Here, Hosts
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What a run is given to build its parts with."""
+    """What a run is given to build its parts with.
+
+    Attributes:
+        hosts: of the servers that the run trains with.
+        measuring: of the evaluation's own servers.
+    """
 
     trainers: Trainers
     hosts: Hosts
+    measuring: Hosts
 
 
 @contextmanager
@@ -34,7 +40,7 @@ def place(config: RunConfig, folder: Path, device: str, tell: Callable[[str], No
         ConfigError: Ray is not installed, or the cluster does not fit the recipe.
     """
     if config.placement.runtime == "inline":
-        yield Placement(Trainers(device, folder, config.threads), Here())
+        yield Placement(Trainers(device, folder, config.threads), Here(), Here())
         return
     try:
         from sluice.orchestrate.ray.placement import ray_placement

@@ -88,7 +88,7 @@ class Run(ABC):
         self._resume = resume
         self._device = device.resolve(config.device)
         self._timer = PhaseTimer()
-        self._trainers, self._hosts = placement.trainers, placement.hosts
+        self._trainers, self._hosts, self._measuring = placement.trainers, placement.hosts, placement.measuring
 
     @abstractmethod
     def _check(self, stack: AsyncExitStack, data: Data) -> None:

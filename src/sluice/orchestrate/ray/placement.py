@@ -41,6 +41,11 @@ def engine_parts(config: RunConfig, device: str) -> list[Part]:
     ]
 
 
+def evaluation_parts(config: RunConfig, device: str) -> list[Part]:
+    """One for each of the evaluation's own servers. They take turns with nobody."""
+    return engine_parts(config, device)[:1] * config.evaluation.servers
+
+
 def by_turns(ranks: Sequence[Part], engines: Sequence[Part]) -> tuple[list[Part], list[Part]]:
     """Parts of which the second kind sits in the room of the first, and finds the same accelerator there.
 
@@ -82,17 +87,24 @@ class RayTrainers(Trainers):
 @contextmanager
 def ray_placement(
     config: RunConfig, folder: Path, device: str, tell: Callable[[str], None]
-) -> Iterator[tuple[RayTrainers, RayHosts]]:
+) -> Iterator[tuple[RayTrainers, RayHosts, RayHosts]]:
     """Connect, reserve room for everything, give it back. See `orchestrate.placement.place`."""
     ranks, engines = rank_parts(config, device), engine_parts(config, device)
+    evaluation = evaluation_parts(config, device)
     if config.placement.colocate:
         ranks, engines = by_turns(ranks, engines)
-    parts = [*ranks, *engines]
+    parts = [*ranks, *evaluation, *engines]  # engines may be guests, and those come last
+    first, behind = len(ranks), len(ranks) + len(evaluation)
+
+    def tell_of_evaluation(line: str) -> None:
+        tell(f"evaluation: {line}")
+
     cpus = sum(part.cpus for part in parts if part.guest_of is None)
     with cluster(config.placement, cpus=max(1, round(cpus))):
         room = Room(parts, seconds=config.placement.ready_seconds)
         try:
             trainers = RayTrainers(device, folder, config.threads, room)
-            yield trainers, RayHosts(room, range(len(ranks), len(parts)), tell)
+            hosts = RayHosts(room, range(behind, len(parts)), tell)
+            yield trainers, hosts, RayHosts(room, range(first, behind), tell_of_evaluation)
         finally:
             room.close()
