@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.integration.megatron_rig import FAMILIES, LAYOUTS, OPTIMIZER, Rig, tiny
+from tests.integration.megatron_rig import FAMILIES, LAYOUTS, OPTIMIZER, Rig, settings, tiny
 from tests.integration.test_ranks import batch, close
 from tests.unit.train_cases import make_samples, padded_logprobs, plain_model, ratio_loss
 
 from sluice.config.train import TrainConfig
+from sluice.errors import ConfigError
 from sluice.train.backends.torch import TorchTrainer
 from sluice.train.base import StepStats
 
@@ -75,3 +76,14 @@ def test_every_layout_is_one_process(
         for seed, theirs in enumerate(wanted.steps):
             same(trainer.step(batch(seed=seed), ratio_loss), theirs, 1e-5)
         close(dict(trainer.named_weights()), wanted.weights, 1e-4)
+
+
+def test_transformer_engine_is_refused_where_it_is_not(megatron: Rig, expected: dict[str, Expected]) -> None:
+    layout = {"transformer_engine": True, "fp8": "hybrid"}
+    with (
+        pytest.raises(ConfigError, match="Transformer Engine is not installed"),
+        megatron.trainer(1, expected["llama"].model, layout),
+    ):
+        pass
+    with pytest.raises(ValueError, match="set transformer_engine = true"):
+        settings(1, {"fp8": "hybrid"})

@@ -44,6 +44,12 @@ class MegatronConfig(Part):
     gradients: Literal["float32", "bfloat16"] = "float32"
     """In which gradients are added up."""
 
+    transformer_engine: bool = False
+    """Take Transformer Engine's linear layers, where it is installed; attention and norms stay Sluice's own. No machine
+    at hand has it: this was not run."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Number format of Transformer Engine's matrix products; None is that of `train.dtype`. Not run either."""
+
     @property
     def replica(self) -> int:
         """Ranks of one replica of the model."""
@@ -62,6 +68,10 @@ class MegatronConfig(Part):
             )
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp = {self.vpp} divides the stages of a pipeline, and pp = 1 has none; set pp")
+        if self.fp8 is not None and not self.transformer_engine:
+            raise ValueError(
+                f"fp8 = {self.fp8!r} is Transformer Engine's: set transformer_engine = true, or leave it out"
+            )
         if self.recompute_layers is not None and self.recompute != "layers":
             raise ValueError(
                 f"recompute_layers counts whole layers, and recompute = {self.recompute!r} computes a half of each "

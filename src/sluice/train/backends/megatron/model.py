@@ -4,8 +4,7 @@ needs Transformer Engine."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,37 +18,34 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from sluice.config.train import TrainConfig
 from sluice.train.backends.megatron.attention import PackedAttention
 from sluice.train.backends.megatron.division import context_group, tensor_group
 from sluice.train.backends.megatron.families import Architecture
 from sluice.train.backends.megatron.norm import Norm
 from sluice.train.backends.megatron.packs import Packed
+from sluice.train.backends.megatron.settings import Settings
 from sluice.train.logprob import TokenScores, token_scores
 
 
-@dataclass
-class Settings(TransformerConfig):
-    """megatron-core's configuration, with what our modules look up in it."""
+def normed(projection: Any) -> Any:
+    """The class of a projection back to the residual stream with a norm after it, as in GLM-4.
 
-    compile_small: bool = False
-    interleaved: bool = False
-    attention_kernel: Literal["cudnn", "flash", "varlen"] = "cudnn"
+    Args:
+        projection: a row-parallel linear class of megatron-core's.
+    """
 
+    class Normed(projection):
+        def __init__(self, input_size: int, output_size: int, *, config: Settings, **options: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **options)
+            self.post_norm = Norm(config, output_size, eps=config.layernorm_epsilon)
 
-class NormedRowParallelLinear(RowParallelLinear):
-    """A projection back to the residual stream with a norm after it, as in GLM-4."""
+        def forward(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(*arguments)
+            return self.post_norm(output), bias
 
-    def __init__(self, input_size: int, output_size: int, *, config: Settings, **options: Any) -> None:
-        super().__init__(input_size, output_size, config=config, **options)
-        self.post_norm = Norm(config, output_size, eps=config.layernorm_epsilon)
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, torch.nn.Parameter | None]:
-        output, bias = super().forward(input_)
-        return self.post_norm(output), bias
+    return Normed
 
 
 class ScoringHead(ColumnParallelLinear):
@@ -167,73 +163,6 @@ class _Gathered(torch.autograd.Function):
         return grads[0][ctx.rank * ctx.size : (ctx.rank + 1) * ctx.size], None
 
 
-def settings(architecture: Architecture, config: TrainConfig, device: torch.device) -> Settings:
-    """megatron-core's configuration of a model."""
-    chosen, dtype = config.megatron, getattr(torch, config.dtype)
-    fast = device.type != "cpu"
-    return Settings(
-        num_layers=architecture.layers,
-        hidden_size=architecture.hidden,
-        num_attention_heads=architecture.heads,
-        num_query_groups=architecture.groups,
-        kv_channels=architecture.head_dim,
-        ffn_hidden_size=architecture.ffn,
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.eps,
-        qk_layernorm=architecture.qk_norm,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        persist_layer_norm=False,
-        bias_activation_fusion=fast,
-        bias_dropout_fusion=fast,
-        use_cpu_initialization=not fast,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        calculate_per_token_loss=True,  # gradients are sums over ranks and passes
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default is refused with variable lengths, for dense models too
-        tensor_model_parallel_size=chosen.tp,
-        sequence_parallel=chosen.sequence_parallel if chosen.sequence_parallel is not None else chosen.tp > 1,
-        pipeline_model_parallel_size=chosen.pp,
-        virtual_pipeline_model_parallel_size=chosen.vpp if chosen.vpp > 1 else None,
-        context_parallel_size=chosen.cp,
-        # The defaults interleave two stages silently wrong: two sends of a pair of ranks are matched in wrong order.
-        overlap_p2p_comm=chosen.vpp > 1,
-        batch_p2p_comm=chosen.vpp <= 1,
-        **_recompute(config, architecture.layers // (chosen.pp * chosen.vpp)),
-        compile_small=fast if chosen.compile is None else chosen.compile,
-        interleaved=architecture.rotary_interleaved,
-        attention_kernel="cudnn" if chosen.attention == "auto" else chosen.attention,
-    )
-
-
-def _recompute(config: TrainConfig, layers: int) -> dict[str, Any]:
-    """What is computed again in the backward pass.
-
-    Args:
-        layers: of one stage.
-    """
-    chosen = config.megatron
-    if not config.activation_checkpointing:
-        return {}
-    if chosen.recompute == "layers":
-        some = chosen.recompute_layers
-        return {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform" if some is None else "block",
-            "recompute_num_layers": 1 if some is None else min(some, layers),
-        }
-    return {
-        "recompute_granularity": "selective",
-        "recompute_modules": ["mlp" if chosen.recompute == "mlp" else "core_attn"],
-    }
-
-
 def build_stages(architecture: Architecture, options: Settings, *, chunk: int, values: bool) -> list[PackedGPT]:
     """This rank's stages, with the random weights that megatron-core gives them.
 
@@ -268,13 +197,23 @@ def _specs(architecture: Architecture, options: Settings, vp_stage: int | None) 
         options, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
     block.layer_norm = cast(Any, Norm)
+    column, row = linear_classes(options)
     for spec in cast(list[Any], block.layer_specs):
         layer = spec.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = Norm
-        attention = layer.self_attention.submodules
+        attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
         attention.core_attention = PackedAttention
+        attention.linear_qkv = mlp.linear_fc1 = column
+        attention.linear_proj = mlp.linear_fc2 = normed(row) if architecture.post_norms else row
         if architecture.qk_norm:
             attention.q_layernorm = attention.k_layernorm = Norm
-        if architecture.post_norms:
-            attention.linear_proj = layer.mlp.submodules.linear_fc2 = NormedRowParallelLinear
     return block
+
+
+def linear_classes(options: Settings) -> tuple[Any, Any]:
+    """Column- and row-parallel linear layers: megatron-core's own, or Transformer Engine's, which know FP8."""
+    if not options.transformer_engine:
+        return ColumnParallelLinear, RowParallelLinear
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return TEColumnParallelLinear, TERowParallelLinear

@@ -22,13 +22,14 @@ from sluice.config.train import OptimizerConfig, TrainConfig
 from sluice.train.backends.megatron.division import context_group, tensor_group
 from sluice.train.backends.megatron.families import Architecture, Parameter
 from sluice.train.backends.megatron.folder import Reader
-from sluice.train.backends.megatron.model import build_stages, settings
+from sluice.train.backends.megatron.model import build_stages
 from sluice.train.backends.megatron.offload import HostStorages
 from sluice.train.backends.megatron.optimizer import CoreOptimizer, wrap
 from sluice.train.backends.megatron.owned import Own, first_replica, gathered_parts, writes
 from sluice.train.backends.megatron.packs import Grid, Packed, make_packed
 from sluice.train.backends.megatron.rotary import Angles
 from sluice.train.backends.megatron.saving import SavedState
+from sluice.train.backends.megatron.settings import settings
 from sluice.train.backends.megatron.state import restore_state, whole_state
 from sluice.train.base import Loss
 from sluice.train.logprob import TokenScores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from sluice import device as devices
 from sluice.config.critic import CriticConfig
-from sluice.errors import CheckpointError
+from sluice.errors import CheckpointError, ConfigError
 from sluice.models.build import read_config
 from sluice.train.backends.megatron import shim
 from sluice.train.backends.megatron.families import architecture, check_layout
@@ -32,7 +33,7 @@ class MegatronWorker:
     """Implements `Worker`. Whole tensors of a stage are gathered at one rank of it, which writes them.
 
     Raises:
-        ConfigError: the model is of no family here, or cannot be divided so.
+        ConfigError: the model is of no family here, or cannot be divided so, or a library is missing.
         TrainError: a tensor is missing, unknown, or of another shape.
     """
 
@@ -40,6 +41,11 @@ class MegatronWorker:
         described = architecture(read_config(spec.model_folder))
         chosen = spec.config.megatron
         check_layout(described, tp=chosen.tp, pp=chosen.pp, vpp=chosen.vpp, cp=chosen.cp)
+        if chosen.transformer_engine and find_spec("transformer_engine") is None:
+            raise ConfigError(
+                "train.megatron.transformer_engine = true, and Transformer Engine is not installed where the ranks run",
+                hint="install transformer-engine[pytorch] there, or leave transformer_engine and fp8 out",
+            )
         meet(spec)
         shim.install()
         from sluice.train.backends.megatron.division import divide  # its import takes seconds
