@@ -8,8 +8,11 @@
 A step is what a run does with a batch: score it with the current weights (stream `proximal`), forward and backward of a
 clipped policy gradient over all tokens but the first of each sample, global norm, clip, AdamW. Weights are random, and
 so are tokens. A pack `COUNTxLENGTH` is one micro-batch; every replica of the model makes `--passes` of them in a step.
+`64x256~` has samples of 256 tokens on average, of other lengths in every step, as a run has (uniform from half to one
+and a half): what is planned or compiled for each length then shows.
 Every row is measured in processes of its own, with the trainer that a run would have; figures are medians after two
-steps that are not counted. Prints one JSON object, and writes what it has so far to `--out` after each row.
+steps that are not counted, `spread` is (slowest / fastest) - 1 of the counted ones. Prints one JSON object, and writes
+what it has so far to `--out` after each row.
 
 Work of a step, in FLOP, for N parameters that multiply every token, T tokens, h heads of d, L layers and samples of s:
 
@@ -36,6 +39,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +67,40 @@ FORMULA = "training = 6 N T + sum of 6 s^2 h d L (causal attention); scoring = a
 WARM_UP = 2
 
 
-def pack_of(text: str) -> tuple[int, int]:
-    """`4x4096`: how many samples, of how many tokens."""
-    count, length = text.split("x")
-    return int(count), int(length)
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Samples of one micro-batch: how many, of how many tokens, and whether that is a mean."""
+
+    count: int
+    length: int
+    varies: bool
+
+    @classmethod
+    def of(cls, text: str) -> Pack:
+        """From `4x4096` or `64x256~`."""
+        count, length = text.rstrip("~").split("x")
+        return cls(int(count), int(length), text.endswith("~"))
+
+    def __str__(self) -> str:
+        return f"{self.count}x{self.length}{'~' * self.varies}"
+
+    @property
+    def tokens(self) -> int:
+        return self.count * self.length
+
+    def lengths(self, packs: int, step: int) -> list[int]:
+        """Of the samples of a step that has so many packs; together always the same number of tokens."""
+        if not self.varies:
+            return [self.length] * self.count * packs
+        rng = np.random.default_rng(step)
+        drawn = rng.uniform(0.5, 1.5, (packs, self.count))
+        ends = np.round(np.cumsum(drawn, axis=1) / drawn.sum(axis=1, keepdims=True) * self.tokens).astype(int)
+        return np.diff(ends, axis=1, prepend=0).reshape(-1).tolist()
+
+
+def budget_of(pack: Pack) -> int:
+    """Tokens of a pass: some more than a pack where samples of other lengths must be shared out into passes."""
+    return pack.tokens + pack.length * pack.varies
 
 
 def settings(args: argparse.Namespace, backend: str, recompute: str, budget: int) -> TrainConfig:
@@ -94,11 +128,11 @@ def settings(args: argparse.Namespace, backend: str, recompute: str, budget: int
     return TrainConfig.model_validate({**common, "megatron": megatron})
 
 
-def samples(count: int, length: int, vocabulary: int) -> list[TrainSample]:
+def samples(lengths: Sequence[int], vocabulary: int) -> list[TrainSample]:
     """Random tokens, all of them sampled and trained but the first of each, with an advantage of +1 and -1 in turns."""
     rng = np.random.default_rng(0)
     made: list[TrainSample] = []
-    for number in range(count):
+    for number, length in enumerate(lengths):
         streams = {name: np.full(length, fill, dtype=dtype) for name, (dtype, fill) in STREAMS.items()}
         for name in ("proximal", "reference", "value"):
             del streams[name]
@@ -120,22 +154,25 @@ def work(shape: str, lengths: Sequence[int]) -> float:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One row, in this process and the ranks that it starts."""
-    backend, shape, (count, length), recompute = args.backends[0], args.shapes[0], args.packs[0], args.recompute[0]
+    backend, shape, pack, recompute = args.backends[0], args.shapes[0], args.packs[0], args.recompute[0]
     torch.set_num_threads(args.threads)
-    config = settings(args, backend, recompute, count * length)
-    replicas = Layout.of(config, ranks=config.ranks).replicas
-    drawn = samples(count * args.passes * replicas, length, SHAPES[shape].vocab_size)
+    config = settings(args, backend, recompute, budget_of(pack))
+    packs = args.passes * Layout.of(config, ranks=config.ranks).replicas
+    vocabulary = SHAPES[shape].vocab_size
     places = device.several(device.resolve(args.device), config.ranks)
     with tempfile.TemporaryDirectory() as name:
         opened = opened_torch if backend == "torch" and config.ranks == 1 else opened_ranks
         trainer, context, call = opened(config, args, places, Path(name))
         with context:
-            steps = [one_step(trainer, drawn, config, call) for _ in range(WARM_UP + args.steps)]
-            found = summary(steps, args, shape, length)
+            steps = [
+                one_step(trainer, samples(pack.lengths(packs, number), vocabulary), config, call)
+                for number in range(WARM_UP + args.steps)
+            ]
+            found = summary(steps, args, shape)
             found |= {"parameters": parameters(shape)[0], "peak_bytes": trainer.peak_memory()}
             if args.profile:
                 call("profile")
-                one_step(trainer, drawn, config, call)
+                one_step(trainer, samples(pack.lengths(packs, len(steps)), vocabulary), config, call)
                 found["profile"] = call("profiled")[0]
     return found
 
@@ -179,10 +216,10 @@ def one_step(trainer: Any, drawn: Sequence[TrainSample], config: TrainConfig, ca
     ranks = call("take")
     parts = {name: max(each[name] for each in ranks) for name in ("score", "forward_backward", "grad_norm", "update")}
     return {**parts, "wall": wall, "loss": stats.loss, "norm": stats.grad_norm, "passes": stats.num_micro_batches,
-            "tokens": stats.num_tokens}  # fmt: skip
+            "tokens": stats.num_tokens, "lengths": [len(sample) for sample in drawn]}  # fmt: skip
 
 
-def summary(steps: Sequence[dict[str, Any]], args: argparse.Namespace, shape: str, length: int) -> dict[str, Any]:
+def summary(steps: Sequence[dict[str, Any]], args: argparse.Namespace, shape: str) -> dict[str, Any]:
     """Figures of a row."""
     counted = steps[WARM_UP:]
     seconds = {
@@ -194,12 +231,14 @@ def summary(steps: Sequence[dict[str, Any]], args: argparse.Namespace, shape: st
     seconds["controller"] = seconds["wall"] - training - seconds["score"]
     if args.device == "cpu":
         del seconds["controller"]  # the others are CPU seconds
+    timed = ("score", "forward_backward", "grad_norm", "update") if args.device == "cpu" else ("wall",)
+    wholes = [sum(step[name] for name in timed) for step in counted]
     tokens = counted[0]["tokens"]
-    flop, peak = work(shape, [length] * (tokens // length)), args.peak * args.ranks
+    flop, peak = statistics.median(work(shape, step["lengths"]) for step in counted), args.peak * args.ranks
     return {
         "tokens": tokens, "passes": counted[0]["passes"],
         "seconds": {name: round(value, 5) for name, value in seconds.items()},
-        "spread": round(max(s["wall"] for s in counted) / min(s["wall"] for s in counted) - 1, 3),
+        "spread": round(max(wholes) / min(wholes) - 1, 3),
         "tokens_per_second": round(tokens / seconds["whole"], 1),
         "trained_tokens_per_second": round(tokens / training, 1),
         "mfu": round(flop * 4 / 3 / seconds["whole"] / peak, 4),
@@ -270,19 +309,19 @@ def rows(args: argparse.Namespace) -> dict[str, Any]:
         for shape in args.shapes:
             model = Path(name) / shape
             alone(args, "--part", "model", "--shapes", shape, "--model", str(model))
-            for count, length in args.packs:
+            for pack in args.packs:
                 for recompute in args.recompute:
                     for backend in args.backends:
-                        row = {"shape": shape, "pack": f"{count}x{length}", "backend": backend, "recompute": recompute}
+                        row = {"shape": shape, "pack": str(pack), "backend": backend, "recompute": recompute}
                         say(f"{shape} {row['pack']} {backend} recompute={recompute}")
                         try:
-                            settings(args, backend, recompute, count * length)
+                            settings(args, backend, recompute, budget_of(pack))
                         except ValueError as error:
                             row["not_run"] = str(error).splitlines()[-1].strip()
                         else:
                             row |= alone(
-                                args, "--part", "row", "--shapes", shape, "--packs", f"{count}x{length}", "--backends",
-                                backend, "--recompute", recompute, "--model", str(model), "--peak",
+                                args, "--part", "row", "--shapes", shape, "--packs", str(pack), "--backends", backend,
+                                "--recompute", recompute, "--model", str(model), "--peak",
                                 str(result["matmul_peak"]),
                             )  # fmt: skip
                         result["rows"].append(row)
@@ -295,7 +334,13 @@ def main() -> None:
     of = parser(__doc__)
     of.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     of.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=["qwen3-4b"])
-    of.add_argument("--packs", nargs="+", type=pack_of, default=[(1, 16_384), (4, 4_096)], help="COUNTxLENGTH")
+    of.add_argument(
+        "--packs",
+        nargs="+",
+        type=Pack.of,
+        default=[Pack.of("1x16384"), Pack.of("4x4096")],
+        help="COUNTxLENGTH, COUNTxLENGTH~",
+    )
     of.add_argument("--backends", nargs="+", choices=tuple(WORKERS), default=list(WORKERS))
     of.add_argument("--recompute", nargs="+", default=["layers"], help="none, layers, layers:N, mlp, attention")
     of.add_argument("--attention", choices=("auto", "cudnn", "flash", "varlen"), default="auto")

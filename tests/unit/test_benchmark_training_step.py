@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from benchmarks.shapes import SHAPES, parameters
 from benchmarks.step_watch import Watch, by_kind
-from benchmarks.training_step import pack_of, samples, settings, work
+from benchmarks.training_step import Pack, samples, settings, work
 
 
 def options(**changes: object) -> Namespace:
@@ -35,9 +35,20 @@ def test_the_work_of_training() -> None:
 
 
 def test_every_token_but_the_first_is_trained() -> None:
-    made = samples(*pack_of("3x5"), 100)
+    made = samples(Pack.of("3x5").lengths(1, 0), 100)
     assert [sample.num_trained_tokens for sample in made] == [4, 4, 4]
     assert len({sample.group_id for sample in made}) == 3, "a group could be kept in one pass"
+
+
+def test_lengths_that_vary_make_the_same_tokens_in_every_step() -> None:
+    pack = Pack.of("8x100~")
+    first, second = (pack.lengths(2, step) for step in (0, 1))
+    assert first != second
+    assert sum(first) == sum(second) == 1_600
+    assert len(first) == 16
+    assert 30 < min(first) < max(first) < 250
+    assert str(pack) == "8x100~"
+    assert Pack.of("2x3").lengths(2, 7) == [3] * 4
 
 
 def test_recomputation_of_some_layers() -> None:

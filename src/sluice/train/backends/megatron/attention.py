@@ -7,6 +7,7 @@ gathers the keys and values of all, and attends from its two chunks of each samp
 from __future__ import annotations
 
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,9 @@ class PackedAttention(MegatronModule):
         if self._kernel == "varlen" and query.is_cuda:
             ends = pack.cu_seqlens_q
             return _varlen(query, key, value, ends, ends, pack.max_seqlen_q, pack.max_seqlen_q, self._scale)
+        if query.is_cuda and query.dtype == torch.float32:  # one kernel takes it, and wants as many keys as queries
+            times = query.shape[1] // key.shape[1]
+            key, value = (states.repeat_interleave(times, dim=1) for states in (key, value))
         q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in (query, key, value))
         with sdpa_kernel(_KERNELS[self._kernel], set_priority=True) if query.is_cuda else nullcontext():
             output, _ = packed_attention(self, q, k, v, None, pack=pack.layout, scaling=self._scale)
@@ -100,9 +104,9 @@ class PackedAttention(MegatronModule):
             torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32, device=query.device)
             for sizes in ([rows for rows, _, _ in chunks], [stop - start for _, start, stop in chunks])
         )
-        longest = max(pack.lengths)
         key, value = key.index_select(0, rows), value.index_select(0, rows)
-        return _varlen(query, key, value, ends_q, ends_k, longest, longest, self._scale)
+        longest_q = max(rows for rows, _, _ in chunks)
+        return _varlen(query, key, value, ends_q, ends_k, longest_q, max(pack.lengths), self._scale)
 
 
 def _spans(lengths: tuple[int, ...], grid: Grid) -> list[tuple[int, int, int]]:
@@ -141,6 +145,8 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {} if scale is None else {"scale": scale}
+    if "enable_gqa" in signature(varlen_attn).parameters:  # torch 2.11 does without being asked
+        options["enable_gqa"] = True
     output = varlen_attn(query, key, value, ends_q, ends_k, longest_q, longest_k, window_size=(-1, 0), **options)
     assert isinstance(output, Tensor)
     return output.flatten(1)
