@@ -41,9 +41,9 @@ MAY_CHANGE = (
     "rollout.gateway.host", "rollout.gateway.port", "rollout.gateway.owner_key_env", "rollout.gateway.idle_seconds",
     "rollout.gateway.max_sessions", "rollout.gateway.body_bytes", "rollout.gateway.retry_after_seconds",
     "rollout.runner.parallel", "rollout.runner.keep", "train.micro_batch_tokens",
-    "train.logprob_chunk", "train.activation_checkpointing", "train.ranks", "train.rank_seconds", "placement",
-    "warm_start.train.ranks", "warm_start.train.rank_seconds", "preferences.train.ranks",
-    "preferences.train.rank_seconds", "data.gate",
+    "train.logprob_chunk", "train.activation_checkpointing", "placement", "data.gate",
+    *(f"{phase}train.{key}" for phase in ("", "warm_start.", "preferences.")
+      for key in ("backend", "megatron", "ranks", "rank_seconds")),
 )  # fmt: skip
 """What a resumed run may change: speed, length, place, or the lag from here on; not what was learned up to here."""
 
