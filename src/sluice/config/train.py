@@ -90,6 +90,11 @@ class TrainConfig(Part):
                     f"train.megatron.{name} says what train.activation_checkpointing computes again, and that is off; "
                     "set it to true"
                 )
+        if layout.gradients == "bfloat16" and self.dtype == "float32":
+            raise ValueError(
+                "train.megatron.gradients = 'bfloat16' rounds gradients of a pass that is made in float32; set "
+                "train.dtype = 'bfloat16', or leave it out"
+            )
         if self.ranks % layout.replica:
             raise ValueError(
                 f"train.ranks = {self.ranks} is no multiple of {layout.replica}, the ranks of one replica: "

@@ -32,6 +32,7 @@ from sluice.orchestrate.warm_start import fine_tune, prefer
 from sluice.rollout.chat.renderer import ChatRenderer
 from sluice.rollout.runners.base import EpisodeRequest, turn_noise
 from sluice.rollout.runners.single import SingleTurn
+from sluice.train.backends.installed import check_installed
 from sluice.types import Message, Prompt, Version
 
 _LOG = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False, v
         SluiceError: see `sluice.errors`; whatever was finished before is in the run folder's log.
     """
     _prepare(config)
+    trained = [] if config.rollout_only else [config.train]
+    for each in (*trained, *(phase.train for phase in (config.warm_start, config.preferences) if phase is not None)):
+        check_installed(each)
     folder = open_folder(config, resume=resume, overwrite=overwrite)
     shown = view or make_view(config.obs.live)
     try:
@@ -94,6 +98,7 @@ def sft(config: RunConfig, out: Path | None = None) -> Path:
     chosen = config.warm_start
     if chosen is None:
         raise ConfigError("this recipe has no warm_start", hint="add one; see `sluice config schema`")
+    check_installed(chosen.train)
     target = _target(config, "sft", out)
     _prepare(config)
     prompts = load_data(config.data, seed=config.seed).train
@@ -113,6 +118,7 @@ def dpo(config: RunConfig, out: Path | None = None) -> Path:
     chosen = config.preferences
     if chosen is None:
         raise ConfigError("this recipe has no preferences", hint="add them; see `sluice config schema`")
+    check_installed(chosen.train)
     target = _target(config, "dpo", out)
     _prepare(config)
     return _alone(config, "dpo", chosen, target, partial(prefer, chosen))

@@ -8,34 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from sluice import device as devices
 from sluice.algos.base import ActorCritic, Algorithm
 from sluice.config.run import RunConfig
-from sluice.config.train import TrainConfig
 from sluice.errors import ConfigError
+from sluice.orchestrate.holdings import (
+    GENERATES,
+    TRAINS,
+    WIDTH,
+    Entry,
+    count_parameters,
+    megatron_holdings,
+    torch_holdings,
+)
 from sluice.orchestrate.pool import GIB
-
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
-GENERATES, TRAINS = "generates", "trains"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One part's memory on one device.
-
-    Attributes:
-        what: in words.
-        size: bytes.
-        when: stages in which it is there.
-        waits: bytes of it that lie in host memory in the other stages.
-    """
-
-    what: str
-    size: int
-    when: frozenset[str]
-    waits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +33,8 @@ class Ledger:
     Attributes:
         snapshot: bytes of host memory that a checkpoint takes while it is written, where the entries are of an
             accelerator; on a CPU it is among them.
+        host: bytes of host memory that the trainer's ranks take besides, at all times.
+        knobs: keys that make the trainer smaller.
     """
 
     device: str
@@ -54,6 +42,8 @@ class Ledger:
     entries: Sequence[Entry]
     shared: bool
     snapshot: int = 0
+    host: int = 0
+    knobs: str = ""
 
     def peak(self) -> tuple[str, int]:
         """The stage with most in it, and its bytes."""
@@ -75,6 +65,8 @@ class Ledger:
             rows.append(f"  while it {stage}: {_gib(sum(entry.size for entry in there))} = {parts}")
         if self.waiting:
             rows.append(f"  in host memory while it {GENERATES}: {_gib(self.waiting)}")
+        if self.host:
+            rows.append(f"  in host memory, all ranks together: {_gib(self.host)}")
         if self.snapshot:
             rows.append(f"  in host memory while a checkpoint is written: {_gib(self.snapshot)}")
         return rows
@@ -86,7 +78,7 @@ class Ledger:
             return
         parts = ", ".join(f"{e.what} {_gib(e.size)}" for e in self.entries if stage in e.when)
         hint = "checkpoint.background = false, " if self.device == "cpu" else ""
-        hint += "more train.ranks, train.dtype = 'bfloat16', train.lora, a smaller engine or KV cache"
+        hint += f"{self.knobs}, a smaller engine or KV cache"
         raise ConfigError(
             f"{self.device} has {_gib(self.total)}; while it {stage} the run needs {_gib(most)} there: {parts}",
             hint=hint if self.shared else f"placement.colocate = true (engine and trainer take turns); or {hint}",
@@ -99,17 +91,21 @@ def ledger(config: RunConfig, algorithm: Algorithm, model: Path, device: str) ->
     Args:
         model: folder of the first weights.
         device: resolved device of the run.
+
+    Raises:
+        ConfigError: the trainer's backend does not build this model, or cannot divide it so.
     """
     both = frozenset({GENERATES, TRAINS})
     shared = config.placement.colocate
     parameters = count_parameters(model)
     training = frozenset({TRAINS}) if shared and device != "cpu" else both  # on a CPU it stays where it is
-    entries = list(_trainer(config.train, parameters, training))
-    frozen = [model] * ("reference" in algorithm.requires and config.train.lora is None)
-    frozen += [teacher.path for teacher in config.teachers]
-    if frozen:
-        size = sum(count_parameters(each) for each in frozen) * WIDTH[config.train.dtype] // config.train.ranks
-        entries.append(Entry("frozen policies", size, training, size))
+    policies = [model] * ("reference" in algorithm.requires and config.train.lora is None)
+    frozen = sum(count_parameters(each) for each in (*policies, *(teacher.path for teacher in config.teachers)))
+    if config.train.backend == "megatron":
+        trainer = megatron_holdings(config.train, model, frozen, device, training)
+    else:
+        trainer = torch_holdings(config.train, parameters, frozen, training)
+    entries = list(trainer.entries)
     if isinstance(algorithm, ActorCritic):
         size = parameters * 16
         entries.append(Entry("critic, its gradients and moments", size, training, parameters * 12))
@@ -119,7 +115,7 @@ def ledger(config: RunConfig, algorithm: Algorithm, model: Path, device: str) ->
     if device == "cpu" and snapshot:
         entries.append(Entry("a checkpoint that is being written", snapshot, both))
     total = devices.total_memory(device)
-    return Ledger(device, total, entries, shared, 0 if device == "cpu" else snapshot)
+    return Ledger(device, total, entries, shared, 0 if device == "cpu" else snapshot, trainer.host, trainer.knobs)
 
 
 def _snapshot(config: RunConfig, algorithm: Algorithm, parameters: int) -> int:
@@ -130,19 +126,6 @@ def _snapshot(config: RunConfig, algorithm: Algorithm, parameters: int) -> int:
     whole = parameters * (width + 8 + (0 if width == 4 else 4))
     own = parameters * width if config.train.lora is not None else whole  # adapters are not counted
     return own + (whole if isinstance(algorithm, ActorCritic) else 0)
-
-
-def _trainer(config: TrainConfig, parameters: int, when: frozenset[str]) -> Iterable[Entry]:
-    width = WIDTH[config.dtype]
-    share = parameters // config.ranks
-    if config.lora is not None:
-        yield Entry("trained model, adapters not counted", share * width, when, share * width)
-        return
-    masters = 0 if width == 4 or config.ranks > 1 else 4
-    weights = 4 if config.ranks > 1 else width  # ranks keep float32 and round for every pass
-    yield Entry("trained model", share * (weights + masters), when, share * (weights + masters))
-    yield Entry("moments", share * 8, when, share * 8)
-    yield Entry("gradients", share * 4, frozenset({TRAINS}))
 
 
 def _engine(config: RunConfig, model: Path, parameters: int, device: str, when: frozenset[str]) -> Iterable[Entry]:
@@ -165,19 +148,6 @@ def _engine(config: RunConfig, model: Path, parameters: int, device: str, when: 
         else:
             size = parameters * 2 // min(group.tp * group.pp for group in rollout.sglang.groups)
             yield Entry("SGLang's weights, its KV cache not counted", size, when)
-
-
-def count_parameters(model: Path) -> int:
-    """Parameters in a model's safetensors files, by their headers alone; 0 where there are no such files."""
-    total = 0
-    for file in model.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-                size = 1
-                for length in tensors.get_slice(name).get_shape():
-                    size *= int(length)
-                total += size
-    return total
 
 
 def _cache_bytes(model: Path, tokens: int, width: int) -> int:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from sluice.config.train import TrainConfig
@@ -18,6 +15,7 @@ from sluice.train.base import Loss, Snapshot, StepStats
 from sluice.train.ranks.crew import Crew
 from sluice.train.ranks.replicas import Replicas
 from sluice.train.ranks.spec import RankSpec
+from sluice.train.ranks.weights import read_weights
 from sluice.train.schedule import learning_rate
 from sluice.train.totals import StepTotals
 from sluice.types import TrainBatch, TrainSample
@@ -144,7 +142,7 @@ class RankedTrainer:
         """
         with tempfile.TemporaryDirectory(prefix="weights-", dir=self._scratch) as folder:
             self.replicas.all("write_weights", Path(folder))
-            yield from _tensors(sorted(Path(folder).glob("*.safetensors")))
+            yield from read_weights(Path(folder))
 
     def snapshot(self, *, copy: bool = True) -> Snapshot:
         """See `Trainer.snapshot`. Ranks hold it, and those that have something of it write that beside what all are
@@ -167,22 +165,3 @@ class RankedTrainer:
     def peak_memory(self) -> list[int]:
         """See `Trainer.peak_memory`."""
         return [int(found) for found in self.replicas.all("peak_memory")]
-
-
-def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the files, which have no name in common."""
-    with ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        names = [list(tensors.keys()) for tensors in opened]
-        counts = Counter(name for found in names for name in found)
-        twice = sorted(name for name, count in counts.items() if count > 1)
-        if twice:
-            holders = " and ".join(file.name for file, found in zip(files, names, strict=True) if twice[0] in found)
-            raise TrainError(
-                f"the ranks wrote {twice[0]!r} more than once, in {holders}, and {len(twice) - 1} further tensors",
-                hint="this is a fault of the backend: weights that are not whole are not published; go on with another "
-                "train.backend, and report it",
-            )
-        for tensors, found in zip(opened, names, strict=True):
-            for name in found:
-                yield name, tensors.get_tensor(name)
