@@ -81,11 +81,13 @@ def _torch_trainer(config: TrainConfig, parameters: int, when: frozenset[str]) -
 def megatron_holdings(config: TrainConfig, model: Path, frozen: int, device: str, when: frozenset[str]) -> Holdings:
     """Of the Megatron backend: of a rank of the fullest stage, or, where the device is the CPU, of all ranks.
 
-    Frozen policies are kept in host memory, by every replica.
+    Frozen policies are of the trained model's architecture. Every rank keeps its part of each in host memory, and puts
+    it in the place of the trained weights, which it keeps there too meanwhile.
 
     Args:
         model: folder of the trained one.
-        frozen, when: see `torch_holdings`.
+        frozen: number of frozen policies.
+        when: see `torch_holdings`.
 
     Raises:
         ConfigError: Megatron does not build this model, or cannot divide it so.
@@ -110,7 +112,7 @@ def megatron_holdings(config: TrainConfig, model: Path, frozen: int, device: str
         Entry("moments" if exact else "float32 parameters and moments", optimizer, when, optimizer),
         Entry("gradients", held * WIDTH[chosen.gradients], when),
     ]
-    policies = frozen * copies * width
+    policies = (frozen + 1) * everywhere * width if frozen else 0
     if policies and device == "cpu":
         entries.append(Entry("frozen policies", policies, when))
     host = 0 if device == "cpu" else policies + int(updated_everywhere * state * share)

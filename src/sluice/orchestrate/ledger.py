@@ -100,11 +100,11 @@ def ledger(config: RunConfig, algorithm: Algorithm, model: Path, device: str) ->
     parameters = count_parameters(model)
     training = frozenset({TRAINS}) if shared and device != "cpu" else both  # on a CPU it stays where it is
     policies = [model] * ("reference" in algorithm.requires and config.train.lora is None)
-    frozen = sum(count_parameters(each) for each in (*policies, *(teacher.path for teacher in config.teachers)))
+    policies += [teacher.path for teacher in config.teachers]
     if config.train.backend == "megatron":
-        trainer = megatron_holdings(config.train, model, frozen, device, training)
+        trainer = megatron_holdings(config.train, model, len(policies), device, training)
     else:
-        trainer = torch_holdings(config.train, parameters, frozen, training)
+        trainer = torch_holdings(config.train, parameters, sum(map(count_parameters, policies)), training)
     entries = list(trainer.entries)
     if isinstance(algorithm, ActorCritic):
         size = parameters * 16
