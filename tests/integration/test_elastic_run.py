@@ -150,15 +150,15 @@ async def gated(prompt, answer):
     """A coin; from some calls on it waits for a file, so that the run does not end before it was scaled."""
     global calls
     calls += 1
-    for after, name in ((40, "three"), (200, "two")):
+    for after, name in ((40, "more"), (200, "fewer")):
         while calls > after and not (pathlib.Path({folder!r}) / name).exists():
             await asyncio.sleep(0.05)
     return float(len(answer) % 2)
 '''
 
 
-def scaled_while_it_trains(config: RunConfig) -> list[float]:
-    """Run a recipe with `gated` rewards from one server to three to two. Returns how many served, batch by batch."""
+def scaled_while_it_trains(config: RunConfig, more: int = 3, fewer: int = 2) -> list[float]:
+    """Run a recipe with `gated` rewards from one server to more to fewer. Returns how many served, batch by batch."""
     failed: list[BaseException] = []
 
     def drive() -> None:
@@ -176,14 +176,14 @@ def scaled_while_it_trains(config: RunConfig) -> list[float]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert str(control.standing(folder)) == "1 of 1 servers serve"
-        assert control.scale(folder, 3, seconds=240).serving == 3
-        (folder.parent / "three").touch()
-        while not any(row["engine/servers"] == 3 for row in read_metrics(folder / "metrics.jsonl")):
+        assert control.scale(folder, more, seconds=240).serving == more
+        (folder.parent / "more").touch()
+        while not any(row["engine/servers"] == more for row in read_metrics(folder / "metrics.jsonl")):
             assert thread.is_alive(), failed
             time.sleep(0.1)
-        assert control.scale(folder, 2, seconds=240).serving == 2  # while it trains on what three draw
+        assert control.scale(folder, fewer, seconds=240).serving == fewer  # while it trains on what all of them draw
     finally:
-        for name in ("three", "two"):
+        for name in ("more", "fewer"):
             (folder.parent / name).touch()
         thread.join(400)
     assert not thread.is_alive()
@@ -220,3 +220,17 @@ def test_a_run_is_scaled_while_it_trains(tmp_path: Path) -> None:
     assert served[-1] == 2
     assert 3 in served
     assert (config.folder / "engines" / "embedded-2.log").exists()
+
+
+@pytest.mark.timeout(600)
+def test_a_run_of_sglang_servers_is_scaled_while_it_trains(tmp_path: Path) -> None:
+    """From one to two to one; the newcomer has a part in what is trained."""
+    sglang = {"build": "cpu", "groups": [{"args": {"max-total-tokens": 4096}}], "start_seconds": 240}
+    rollout = {"engine": "sglang", "context_length": 64, "sglang": sglang}
+    config = gated(tmp_path, rollout=rollout)
+    served = scaled_while_it_trains(config, 2, 1)
+    assert served[-1] == 1
+    assert 2 in served
+    rows = read_metrics(config.folder / "metrics.jsonl")
+    assert max(row["mismatch/mean_abs"] for row in rows if row["gate/lag_max"] == 0) <= 1e-5
+    assert rows[-1]["engine/requests/regular-1"] > 0
