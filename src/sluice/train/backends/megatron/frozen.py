@@ -22,12 +22,9 @@ class FrozenWeights:
 
     Args:
         folders: Hugging Face folder of each stream.
-        described: the policy's architecture, which all of them must have.
+        described: the policy's architecture, which all of them have, see `check_same`.
         parameters: this rank's, which the weights are put into.
         place: this tensor-parallel rank and how many there are.
-
-    Raises:
-        ConfigError: a folder is no model, or one of another architecture; names the first size that differs.
     """
 
     def __init__(
@@ -39,8 +36,6 @@ class FrozenWeights:
         self._place = place
         self._copies: dict[str, list[Tensor]] = {}
         self._backup: list[Tensor] = []
-        for stream, folder in folders.items():
-            _check_same(stream, folder, described)
 
     @property
     def streams(self) -> frozenset[str]:
@@ -75,7 +70,12 @@ def _host(part: Tensor) -> Tensor:
     return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
 
 
-def _check_same(stream: str, folder: Path, described: Architecture) -> None:
+def check_same(stream: str, folder: Path, described: Architecture) -> None:
+    """Check that the policy which fills `stream` has the architecture of the trained model.
+
+    Raises:
+        ConfigError: the folder is no model, or one of another architecture; names the first size that differs.
+    """
     other = architecture(read_config(folder))
     for field in dataclasses.fields(described):
         if field.name in ("config", "parameters"):

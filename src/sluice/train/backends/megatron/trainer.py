@@ -12,7 +12,7 @@ import torch
 from sluice.config.train import TrainConfig
 from sluice.errors import CheckpointError, TrainError
 from sluice.train.backends.megatron.families import Architecture
-from sluice.train.backends.megatron.frozen import FrozenWeights
+from sluice.train.backends.megatron.frozen import FrozenWeights, check_same
 from sluice.train.backends.megatron.saving import SavedState, model_writer, optimizer_writer
 from sluice.train.backends.megatron.sharded import ShardedModel
 from sluice.train.backends.state import check_same_architecture
@@ -50,6 +50,8 @@ class MegatronTrainer:
         self._config = config
         self._folder = model_folder
         self._described = described
+        for stream, folder in (frozen or {}).items():
+            check_same(stream, folder, described)  # before anything is allocated
         self.model = ShardedModel(config, config.optimizer, described, total_steps=total_steps, device=device)
         folders = {"reference": model_folder, **(frozen or {})}
         self._frozen = FrozenWeights(folders, described, self.model.held, self.model.place)
