@@ -37,8 +37,8 @@ class MegatronConfig(Part):
     offload_optimizer: float = Field(default=0.0, ge=0, le=1)
     """Share of float32 parameters and moments that stay in host memory, where the CPU updates them."""
     attention: Literal["auto", "cudnn", "flash", "varlen"] = "auto"
-    """Kernel on an accelerator. `cudnn` and `flash` go sample by sample, `varlen` takes a pack at once. `auto` chooses
-    by the length of samples."""
+    """Kernel on an accelerator. `cudnn` and `flash` take samples of similar length together, `varlen` a pack at once.
+    `auto` is `cudnn`. With `cp` over 1 it is always `varlen`."""
     compile: bool | None = None
     """Compile rotary, norms and activations; None does on an accelerator."""
     gradients: Literal["float32", "bfloat16"] = "float32"

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -21,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sluice.train.attention import packed_attention
 from sluice.train.backends.megatron.division import context_group
 from sluice.train.backends.megatron.norm import kernels
-from sluice.train.backends.megatron.packs import Grid, Packed, pad
+from sluice.train.backends.megatron.packs import Packed
 
 _ROWS = 256
 """Queries on a CPU that are masked at one time: memory is this many rows of scores, not length × length."""
@@ -85,39 +84,21 @@ class PackedAttention(MegatronModule):
         return output[0].flatten(1)
 
     def _across(self, query: Tensor, key: Tensor, value: Tensor, pack: Packed) -> Tensor:
-        grid = Grid(self._group.size(), self._group.rank())
-        back = torch.from_numpy(np.argsort(pad(pack.lengths, grid).owned.reshape(-1))).to(query.device)
+        across = pack.across
+        assert across is not None
         key, value = (
-            gather_from_sequence_parallel_region(states.contiguous(), group=self._group).index_select(0, back)
+            gather_from_sequence_parallel_region(states.contiguous(), group=self._group).index_select(0, across.back)
             for states in (key, value)
         )
-        chunks = _spans(pack.lengths, grid)
         if not query.is_cuda:
-            parts = query.split([rows for rows, _, _ in chunks])
+            parts = query.split([size for size, _, _ in across.spans])
             outputs = [
                 _lower_right(part, key[start:stop], value[start:stop], self._scale)
-                for part, (_, start, stop) in zip(parts, chunks, strict=True)
+                for part, (_, start, stop) in zip(parts, across.spans, strict=True)
             ]
             return torch.cat(outputs).flatten(1)
-        rows = torch.from_numpy(np.concatenate([np.arange(start, stop) for _, start, stop in chunks])).to(query.device)
-        ends_q, ends_k = (
-            torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32, device=query.device)
-            for sizes in ([rows for rows, _, _ in chunks], [stop - start for _, start, stop in chunks])
-        )
-        key, value = key.index_select(0, rows), value.index_select(0, rows)
-        longest_q = max(rows for rows, _, _ in chunks)
-        return _varlen(query, key, value, ends_q, ends_k, longest_q, max(pack.lengths), self._scale)
-
-
-def _spans(lengths: tuple[int, ...], grid: Grid) -> list[tuple[int, int, int]]:
-    """Queries of each of this rank's chunks in order, and from where to where their keys stand in the whole pack."""
-    spans: list[tuple[int, int, int]] = []
-    start = 0
-    for length in lengths:
-        size = length // (2 * grid.cp)
-        spans += [(size, start, start + (n + 1) * size) for n in (grid.cp_rank, 2 * grid.cp - 1 - grid.cp_rank)]
-        start += length
-    return spans
+        key, value = key.index_select(0, across.keys), value.index_select(0, across.keys)
+        return _varlen(query, key, value, across.ends_q, across.ends_k, across.longest_q, across.longest_k, self._scale)
 
 
 def _lower_right(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

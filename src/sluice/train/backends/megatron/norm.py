@@ -39,7 +39,7 @@ def kernels(compiled: bool) -> tuple[Any, Any]:
     """`root_mean_square` and `rotate`, compiled or as they are."""
     if not compiled:
         return root_mean_square, rotate
-    return torch.compile(root_mean_square, dynamic=True), torch.compile(rotate, dynamic=True)
+    return torch.compile(root_mean_square), torch.compile(rotate)  # numbers of tokens become dynamic as they change
 
 
 class Norm(torch.nn.Module):

@@ -50,6 +50,7 @@ class Packed(PackedSeqParams):
         cos, sin: of its positions, `[local, 1, rotary_dim]`.
         lengths: of all samples of the pack, padded ones; the tokens of the pack are their sum.
         layout: where the samples lie, without context parallelism.
+        across: how they are attended to with it.
         rows: local rows from which this rank's scored tokens are predicted, int64 `[mine]`.
         targets: these tokens, int64 `[mine]`; `temperature`: theirs, float32 `[mine]`.
         counts: scored tokens of each context-parallel rank.
@@ -64,12 +65,33 @@ class Packed(PackedSeqParams):
     sin: Tensor = None  # pyright: ignore[reportAssignmentType]
     lengths: tuple[int, ...] = ()
     layout: PackLayout | None = None
+    across: Across | None = None
     rows: Tensor = None  # pyright: ignore[reportAssignmentType]
     targets: Tensor = None  # pyright: ignore[reportAssignmentType]
     temperature: Tensor = None  # pyright: ignore[reportAssignmentType]
     counts: tuple[int, ...] = ()
     order: Tensor = None  # pyright: ignore[reportAssignmentType]
     index: Tensor = None  # pyright: ignore[reportAssignmentType]
+
+
+class Across(NamedTuple):
+    """How this rank's two chunks of each sample meet the keys of all context-parallel ranks.
+
+    Attributes:
+        back: gathered tokens in the order of the pack, int64 `[tokens]`.
+        spans: of each chunk, in order: its queries, and from where to where its keys stand in the pack.
+        keys: the keys of all chunks end to end, int64 `[keys]`.
+        ends_q, ends_k: where the queries and keys of the chunks end, from 0, int32 `[chunks + 1]`.
+        longest_q, longest_k: of a chunk.
+    """
+
+    back: Tensor
+    spans: tuple[tuple[int, int, int], ...]
+    keys: Tensor
+    ends_q: Tensor
+    ends_k: Tensor
+    longest_q: int
+    longest_k: int
 
 
 class Padded(NamedTuple):
@@ -150,19 +172,45 @@ def make_packed(
         order[chosen] = rank * most + np.arange(len(chosen))
     chosen = by_rank[grid.cp_rank]
     still = np.split(ids[mine] == padding_id, grid.tokens_by)[grid.tokens_rank]
-    still = torch.from_numpy(still).to(device).view(-1, 1, 1)
     cos, sin = angles(_tensor(padded.positions[mine], device))
     cumulative = torch.from_numpy(np.concatenate([[0], np.cumsum(padded.lengths)])).to(device, torch.int32)
     longest = max(padded.lengths)
     return Packed(
         qkv_format="thd", cu_seqlens_q=cumulative, cu_seqlens_kv=cumulative, max_seqlen_q=longest,
-        max_seqlen_kv=longest, ids=_tensor(ids[mine], device).unsqueeze(0), still=still if still.any() else None,
+        max_seqlen_kv=longest, ids=_tensor(ids[mine], device).unsqueeze(0), still=_flags(still, device),
         cos=cos, sin=sin, lengths=padded.lengths,
         layout=layout(padded.lengths, device) if grid.cp == 1 else None,
+        across=_across(padded, grid, device) if grid.cp > 1 else None,
         rows=_tensor(row[before[chosen]], device), targets=_tensor(ids[padded.at[index[chosen]]], device),
         temperature=torch.from_numpy(temperature[chosen].astype(np.float32)).to(device),
         counts=tuple(len(each) for each in by_rank), order=_tensor(order, device), index=_tensor(index, device),
     )  # fmt: skip
+
+
+def _across(padded: Padded, grid: Grid, device: torch.device) -> Across:
+    spans: list[tuple[int, int, int]] = []
+    start = 0
+    for length in padded.lengths:
+        size = length // (2 * grid.cp)
+        spans += [(size, start, start + (n + 1) * size) for n in (grid.cp_rank, 2 * grid.cp - 1 - grid.cp_rank)]
+        start += length
+    queries, keys = [size for size, _, _ in spans], [stop - start for _, start, stop in spans]
+    ends_q, ends_k = (
+        torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32, device=device) for sizes in (queries, keys)
+    )
+    return Across(
+        back=_tensor(np.argsort(padded.owned.reshape(-1)), device),
+        spans=tuple(spans),
+        keys=_tensor(np.concatenate([np.arange(start, stop) for _, start, stop in spans]), device),
+        ends_q=ends_q,
+        ends_k=ends_k,
+        longest_q=max(queries),
+        longest_k=max(keys),
+    )
+
+
+def _flags(values: NDArray[np.bool_], device: torch.device) -> Tensor | None:
+    return torch.from_numpy(values).to(device).view(-1, 1, 1) if values.any() else None
 
 
 def _owners(owned: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -46,6 +46,11 @@ class MegatronWorker:
                 "train.megatron.transformer_engine = true, and Transformer Engine is not installed where the ranks run",
                 hint="install transformer-engine[pytorch] there, or leave transformer_engine and fp8 out",
             )
+        if spec.device != "cpu" and spec.config.dtype == "float32" and (chosen.cp > 1 or chosen.attention == "varlen"):
+            raise ConfigError(
+                "train.megatron.cp and attention = 'varlen' use FlashAttention, which does not compute in float32",
+                hint="set train.dtype = 'bfloat16', or leave them out",
+            )
         meet(spec)
         shim.install()
         from sluice.train.backends.megatron.division import divide  # its import takes seconds
