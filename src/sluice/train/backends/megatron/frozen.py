@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sluice.errors import ConfigError
-from sluice.models.build import read_config
-from sluice.train.backends.megatron.families import Architecture, architecture
+from sluice.train.backends.megatron.families import Architecture
 from sluice.train.backends.megatron.folder import Reader
 from sluice.train.backends.megatron.owned import Own
 
@@ -22,7 +19,7 @@ class FrozenWeights:
 
     Args:
         folders: Hugging Face folder of each stream.
-        described: the policy's architecture, which all of them have, see `check_same`.
+        described: the policy's architecture, which all of them have, see `admitted`.
         parameters: this rank's, which the weights are put into.
         place: this tensor-parallel rank and how many there are.
     """
@@ -68,23 +65,3 @@ class FrozenWeights:
 
 def _host(part: Tensor) -> Tensor:
     return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-
-
-def check_same(stream: str, folder: Path, described: Architecture) -> None:
-    """Check that the policy which fills `stream` has the architecture of the trained model.
-
-    Raises:
-        ConfigError: the folder is no model, or one of another architecture; names the first size that differs.
-    """
-    other = architecture(read_config(folder))
-    for field in dataclasses.fields(described):
-        if field.name in ("config", "parameters"):
-            continue
-        theirs, ours = getattr(other, field.name), getattr(described, field.name)
-        if theirs != ours:
-            raise ConfigError(
-                f"the policy of the stream {stream!r} in {folder} has {field.name} = {theirs}, and the trained model "
-                f"has {ours}",
-                hint="the Megatron backend scores policies of the trained model's own architecture; train.backend = "
-                "'torch' scores others",
-            )

@@ -12,7 +12,7 @@ import torch
 from sluice.config.train import TrainConfig
 from sluice.errors import CheckpointError, TrainError
 from sluice.train.backends.megatron.families import Architecture
-from sluice.train.backends.megatron.frozen import FrozenWeights, check_same
+from sluice.train.backends.megatron.frozen import FrozenWeights
 from sluice.train.backends.megatron.saving import SavedState, model_writer, optimizer_writer
 from sluice.train.backends.megatron.sharded import ShardedModel
 from sluice.train.backends.state import check_same_architecture
@@ -33,7 +33,6 @@ class MegatronTrainer:
         frozen: folders of further policies by the stream that they fill.
 
     Raises:
-        ConfigError: a frozen policy is of another architecture.
         TrainError: a tensor is missing, unknown, or of another shape.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from sluice import device as devices
 from sluice.config.critic import CriticConfig
-from sluice.errors import CheckpointError, ConfigError
-from sluice.models.build import read_config
+from sluice.errors import CheckpointError
 from sluice.train.backends.megatron import shim
-from sluice.train.backends.megatron.families import architecture, check_layout
+from sluice.train.backends.megatron.admission import admitted
 from sluice.train.base import Loss, ValueLoss, Writer
 from sluice.train.ranks.spec import RankSpec
 from sluice.train.ranks.work import StepPart, meet
@@ -33,24 +31,12 @@ class MegatronWorker:
     """Implements `Worker`. Whole tensors of a stage are gathered at one rank of it, which writes them.
 
     Raises:
-        ConfigError: the model is of no family here, or cannot be divided so, or a library is missing.
-        TrainError: a tensor is missing, unknown, or of another shape.
+        ConfigError, TrainError: see `admitted`; before anything is allocated.
     """
 
     def __init__(self, spec: RankSpec) -> None:
-        described = architecture(read_config(spec.model_folder))
+        described = admitted(spec)
         chosen = spec.config.megatron
-        check_layout(described, tp=chosen.tp, pp=chosen.pp, vpp=chosen.vpp, cp=chosen.cp)
-        if chosen.transformer_engine and find_spec("transformer_engine") is None:
-            raise ConfigError(
-                "train.megatron.transformer_engine = true, and Transformer Engine is not installed where the ranks run",
-                hint="install transformer-engine[pytorch] there, or leave transformer_engine and fp8 out",
-            )
-        if spec.device != "cpu" and spec.config.dtype == "float32" and (chosen.cp > 1 or chosen.attention == "varlen"):
-            raise ConfigError(
-                "train.megatron.cp and attention = 'varlen' use FlashAttention, which does not compute in float32",
-                hint="set train.dtype = 'bfloat16', or leave them out",
-            )
         meet(spec)
         shim.install()
         from sluice.train.backends.megatron.division import divide  # its import takes seconds
