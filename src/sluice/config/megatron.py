@@ -35,7 +35,8 @@ class MegatronConfig(Part):
     """Layers at each rank that are computed again, from its first; None is all of them. The others keep what they
     computed, which takes more memory and less time."""
     offload_optimizer: float = Field(default=0.0, ge=0, le=1)
-    """Share of float32 parameters and moments that stay in host memory, where the CPU updates them."""
+    """Share of float32 parameters and moments that stay in host memory, where the CPU updates them. Refused where ranks
+    have no accelerator; no test of ours runs it."""
     attention: Literal["auto", "cudnn", "flash", "varlen"] = "auto"
     """Kernel on an accelerator. `cudnn` and `flash` take samples of similar length together, `varlen` a pack at once.
     `auto` is `cudnn`. With `cp` over 1 it is always `varlen`."""

@@ -138,11 +138,20 @@ class CoreOptimizer:
                 if len(exact) > 1
                 else dict(exact[0])
             )
+            self._reload_copies()
             return
         for chunk, values in zip(self._chunks, exact, strict=True):
             for name, parameter in chunk.module.named_parameters():
                 if (main := getattr(parameter, "main_param", None)) is not None:
                     main.copy_(values[name])
+        self._reload_copies()
+
+    def _reload_copies(self) -> None:
+        """`offload_optimizer` updates copies, made with the model; megatron-core refreshes those of bfloat16 alone."""
+        for part in self.parts:
+            for main, inner in getattr(part.optimizer, "param_to_inner_param", {}).items():
+                if inner is not main:
+                    inner.data.copy_(main.data)
 
     def tensors(self) -> Iterable[Tensor]:
         """What it holds besides the model's own parameters: main parameters and moments."""

@@ -50,12 +50,24 @@ def _piece(optimizers: Sequence[Any], parameter: torch.nn.Parameter) -> _Piece |
                 group, order = each.model_param_group_index_map[parameter]
                 found = each._get_model_param_range_map(parameter)["param"]
                 main = each.optimizer.param_groups[group]["params"][order]
-                return _Piece(slice(found.start, found.end), main, each.optimizer.state)
+                return _Piece(slice(found.start, found.end), *_inner(each.optimizer, main))
         else:
             main = getattr(parameter, "main_param", parameter)
             if any(main is known for group in each.optimizer.param_groups for known in group["params"]):
-                return _Piece(slice(0, parameter.numel()), main, each.optimizer.state)
+                return _Piece(slice(0, parameter.numel()), *_inner(each.optimizer, main))
     return None
+
+
+def _inner(optimizer: Any, main: Tensor) -> tuple[Tensor, dict[Tensor, dict[str, Any]]]:
+    """Float32 values and states, from where they are updated: `offload_optimizer` keeps them in optimizers of its own,
+    and overwrites what is told to it alone."""
+    if not hasattr(optimizer, "param_to_inner_param"):
+        return main, optimizer.state
+    inner = optimizer.param_to_inner_param[main]
+    for each in optimizer.sub_optimizers:
+        if any(inner is known for group in each.param_groups for known in group["params"]):
+            return inner, each.state
+    raise AssertionError("every parameter is updated by one optimizer")
 
 
 @torch.no_grad()

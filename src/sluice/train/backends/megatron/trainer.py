@@ -49,8 +49,6 @@ class MegatronTrainer:
         self._config = config
         self._folder = model_folder
         self._described = described
-        for stream, folder in (frozen or {}).items():
-            check_same(stream, folder, described)  # before anything is allocated
         self.model = ShardedModel(config, config.optimizer, described, total_steps=total_steps, device=device)
         folders = {"reference": model_folder, **(frozen or {})}
         self._frozen = FrozenWeights(folders, described, self.model.held, self.model.place)
