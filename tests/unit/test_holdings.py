@@ -33,9 +33,9 @@ TABLE = VOCABULARY * 32
 BOTH = frozenset({GENERATES, TRAINS})
 
 
-def holdings(folder: Path, device: str = "cuda:0", frozen: int = 0, **train: Any) -> Holdings:
+def holdings(folder: Path, device: str = "cuda:0", frozen: int = 0, *, critic: bool = False, **train: Any) -> Holdings:
     config = TrainConfig.model_validate({"backend": "megatron", **train})
-    return megatron_holdings(config, folder, frozen, device, BOTH)
+    return megatron_holdings(config, folder, frozen, device, BOTH, critic=critic)
 
 
 def sizes(found: Holdings) -> list[int]:
@@ -131,3 +131,12 @@ def test_what_does_not_fit_names_the_keys(untied: Path) -> None:
     for key in ("tp", "pp", "distributed_optimizer", "offload_optimizer", "recompute"):
         assert f"train.megatron.{key}" in refused.value.hint or f"or {key}" in refused.value.hint
     Ledger("cuda:0", 2**30, found.entries, True, 0, found.host, found.knobs).refuse_if_too_much()
+
+
+def test_a_critic_is_divided_as_the_policy_is(untied: Path) -> None:
+    """Two replicas of two stages, bfloat16: 2 bytes of weights and 4 of gradients, and 12 shared by the replicas."""
+    layout = {"ranks": 4, "dtype": "bfloat16", "megatron": {"pp": 2}}
+    plain, found = holdings(untied, **layout), holdings(untied, critic=True, **layout)
+    stage = 2 * (MATRICES + NORMS) + TABLE + 32  # the last one, with the final norm and the head
+    assert sizes(found) == [*sizes(plain), stage * 2 + stage * 12 // 2 + stage * 4]
+    assert found.entries[-1].waits == stage * 2 + stage * 12 // 2

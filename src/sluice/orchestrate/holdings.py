@@ -78,7 +78,9 @@ def _torch_trainer(config: TrainConfig, parameters: int, when: frozenset[str]) -
     yield Entry("gradients", share * 4, frozenset({TRAINS}))
 
 
-def megatron_holdings(config: TrainConfig, model: Path, frozen: int, device: str, when: frozenset[str]) -> Holdings:
+def megatron_holdings(
+    config: TrainConfig, model: Path, frozen: int, device: str, when: frozenset[str], *, critic: bool = False
+) -> Holdings:
     """Of the Megatron backend: of a rank of the fullest stage, or, where the device is the CPU, of all ranks.
 
     Frozen policies are of the trained model's architecture. Every rank keeps its part of each in host memory, and puts
@@ -88,6 +90,7 @@ def megatron_holdings(config: TrainConfig, model: Path, frozen: int, device: str
         model: folder of the trained one.
         frozen: number of frozen policies.
         when: see `torch_holdings`.
+        critic: there is one, divided as the trained model is; it counts as large as that.
 
     Raises:
         ConfigError: Megatron does not build this model, or cannot divide it so.
@@ -112,6 +115,9 @@ def megatron_holdings(config: TrainConfig, model: Path, frozen: int, device: str
         Entry("moments" if exact else "float32 parameters and moments", optimizer, when, optimizer),
         Entry("gradients", held * WIDTH[chosen.gradients], when),
     ]
+    if critic:
+        own = held * width + optimizer
+        entries.append(Entry("critic, its gradients and moments", own + held * WIDTH[chosen.gradients], when, own))
     policies = (frozen + 1) * everywhere * width if frozen else 0
     if policies and device == "cpu":
         entries.append(Entry("frozen policies", policies, when))

@@ -102,11 +102,13 @@ def ledger(config: RunConfig, algorithm: Algorithm, model: Path, device: str) ->
     policies = [model] * ("reference" in algorithm.requires and config.train.lora is None)
     policies += [teacher.path for teacher in config.teachers]
     if config.train.backend == "megatron":
-        trainer = megatron_holdings(config.train, model, len(policies), device, training)
+        trainer = megatron_holdings(
+            config.train, model, len(policies), device, training, critic=isinstance(algorithm, ActorCritic)
+        )
     else:
         trainer = torch_holdings(config.train, parameters, sum(map(count_parameters, policies)), training)
     entries = list(trainer.entries)
-    if isinstance(algorithm, ActorCritic):
+    if isinstance(algorithm, ActorCritic) and config.train.backend == "torch":
         size = parameters * 16
         entries.append(Entry("critic, its gradients and moments", size, training, parameters * 12))
     serving = frozenset({GENERATES}) if shared else both
