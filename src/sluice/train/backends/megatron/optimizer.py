@@ -130,20 +130,20 @@ class CoreOptimizer:
         """After parameters were set: take them over into the main parameters.
 
         Args:
-            exact: float32 values of each stage's parameters by name, before rounding.
+            exact: float32 values of each stage's parameters by name, before rounding; empty where parameters are their
+                own main parameters.
         """
-        if self._divided:
+        if self._divided and any(exact):
             self.core.reload_model_params(
                 {f"model{number}": dict(values) for number, values in enumerate(exact)}
                 if len(exact) > 1
                 else dict(exact[0])
             )
-            self._reload_copies()
-            return
-        for chunk, values in zip(self._chunks, exact, strict=True):
-            for name, parameter in chunk.module.named_parameters():
-                if (main := getattr(parameter, "main_param", None)) is not None:
-                    main.copy_(values[name])
+        elif any(exact):
+            for chunk, values in zip(self._chunks, exact, strict=True):
+                for name, parameter in chunk.module.named_parameters():
+                    if (main := getattr(parameter, "main_param", None)) is not None:
+                        main.copy_(values[name])
         self._reload_copies()
 
     def _reload_copies(self) -> None:

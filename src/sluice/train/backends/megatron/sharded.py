@@ -111,7 +111,8 @@ class ShardedModel:
         for each in self.held:
             value = read(each)
             each.part.copy_(value)
-            exact[each.stage][each.name] = value
+            if self._config.dtype != "float32":
+                exact[each.stage][each.name] = value
         self.optimizer.reload(exact)
 
     def load_folder(self, folder: Path) -> None:
