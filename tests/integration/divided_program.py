@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sluice.config.megatron import MegatronConfig
 from sluice.train.backends.megatron import shim
 from sluice.train.backends.megatron.division import context_group, divide, tensor_group
-from sluice.train.backends.megatron.packs import Grid, Packed, pad
+from sluice.train.backends.megatron.packs import Grid, Packed, across_ranks, pad
 from sluice.train.logprob import token_scores
 
 WIDE: dict[str, Any] = {"dtype": torch.float64}
@@ -70,8 +70,8 @@ def attention(rank: int) -> None:
     divide(MegatronConfig(cp=2), seed=0)
     torch.manual_seed(0)
     grid, heads, groups, size = Grid(2, context_group().rank()), 4, 2, 8
-    lengths = pad((1100, 3, 16, 1), grid).lengths
-    mine = torch.from_numpy(pad(lengths, grid).owned[rank])
+    padded = pad((1100, 3, 16, 1), grid)
+    lengths, mine = padded.lengths, torch.from_numpy(padded.owned[rank])
     total = sum(lengths)
     states = [torch.randn(total, count, size, **WIDE) for count in (heads, groups, groups)]
     angles = torch.randn(total, 1, size // 2, **WIDE).repeat(1, 1, 2)
@@ -83,7 +83,8 @@ def attention(rank: int) -> None:
     config: Any = SimpleNamespace(compile_small=False, interleaved=False, attention_kernel="cudnn")
     layer = PackedAttention(config, 1, None, "self", softmax_scale=0.3)
     local = [each[mine].clone().requires_grad_() for each in states]
-    pack = Packed(qkv_format="thd", cos=cos[mine], sin=sin[mine], lengths=lengths)
+    met = across_ranks(padded, grid, torch.device("cpu"))
+    pack = Packed(qkv_format="thd", cos=cos[mine], sin=sin[mine], lengths=lengths, across=met)
     found = layer(*local, None, packed_seq_params=pack)
     same(found, wanted[mine])
     (found * pull[mine]).sum().backward()

@@ -38,7 +38,7 @@ async def reward(prompt, answer):
 def lagging(folder: Path, lag: int, **gate: str) -> RunConfig:
     return tiny(
         folder, steps=4, data={"gate": {"max_lag": lag, **gate}}, evaluation={"every": 0, "greedy": False},
-        checkpoint={"every": 0}, rewards=[{"type": "python", "path": f"{folder / 'rewards.py'}:reward"}],
+        checkpoint={"every": 0}, rewards=[{"type": "python", "path": f"{folder / 'slow_for_one.py'}:reward"}],
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def kill(folder: Path, run: Path) -> None:
 @pytest.mark.parametrize("before", [WAITS, {}], ids=["waits", "masks"])
 def test_what_is_in_the_log_is_trained_within_the_tighter_bound(tmp_path: Path, before: dict[str, str]) -> None:
     """The third batch is in the log, one step old when it is asked for, and would be trained a step after that."""
-    (tmp_path / "rewards.py").write_text(REWARD)
+    (tmp_path / "slow_for_one.py").write_text(REWARD)
     wide = lagging(tmp_path, 3, **before)
     api.train(wide)
     kill(tmp_path, wide.folder)

@@ -180,14 +180,15 @@ def make_packed(
         max_seqlen_kv=longest, ids=_tensor(ids[mine], device).unsqueeze(0), still=_flags(still, device),
         cos=cos, sin=sin, lengths=padded.lengths,
         layout=layout(padded.lengths, device) if grid.cp == 1 else None,
-        across=_across(padded, grid, device) if grid.cp > 1 else None,
+        across=across_ranks(padded, grid, device) if grid.cp > 1 else None,
         rows=_tensor(row[before[chosen]], device), targets=_tensor(ids[padded.at[index[chosen]]], device),
         temperature=torch.from_numpy(temperature[chosen].astype(np.float32)).to(device),
         counts=tuple(len(each) for each in by_rank), order=_tensor(order, device), index=_tensor(index, device),
     )  # fmt: skip
 
 
-def _across(padded: Padded, grid: Grid, device: torch.device) -> Across:
+def across_ranks(padded: Padded, grid: Grid, device: torch.device) -> Across:
+    """Of this rank among those of `grid`."""
     spans: list[tuple[int, int, int]] = []
     start = 0
     for length in padded.lengths:
