@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from tests.tiny import SCRATCH, merge
 from tests.unit.family_cases import even, family
 
@@ -32,6 +33,14 @@ LAYOUTS: dict[int, tuple[dict[str, Any], ...]] = {
     ),
 }  # fmt: skip
 """By number of ranks; what is left over divides the batch."""
+
+
+def cases(layouts: Sequence[tuple[int, dict[str, Any]]], *, quick: Sequence[tuple[int, dict[str, Any]]]) -> list[Any]:
+    """Parameters of a test in several layouts, of which those in `quick` run with the quick tests."""
+    return [
+        pytest.param(*each, id=f"{each[0]}-{each[1]}", marks=[] if each in quick else [pytest.mark.slow])
+        for each in layouts
+    ]
 
 
 def settings(ranks: int, layout: Mapping[str, Any], **changes: Any) -> TrainConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.integration.megatron_rig import OPTIMIZER, Rig, small
+from tests.integration.megatron_rig import OPTIMIZER, Rig, cases, small
 from tests.tiny import merge, tiny
 
 from sluice.config import RunConfig
@@ -51,7 +51,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS, ids=[f"{ranks}-{layout}" for ranks, layout in LAYOUTS])
+@pytest.mark.parametrize(("ranks", "layout"), cases(LAYOUTS, quick=(LAYOUTS[0], LAYOUTS[1], LAYOUTS[4])))
 def test_ten_steps_on_one_log_in_every_layout(
     megatron: Rig, recorded: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int,
     layout: dict[str, Any],

@@ -21,7 +21,7 @@ from sluice.config.train import TrainConfig
 from sluice.train.backends.megatron.shim import Part
 from sluice.train.backends.torch import TorchTrainer
 
-pytestmark = [pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.timeout(280), pytest.mark.slow]
 Seen = dict[tuple[str, str], list[dict[str, Any]]]
 
 
