@@ -157,7 +157,7 @@ def _load_file(file: Path, expects: str) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
+        del sys.modules[name], _FILES[name]
         raise ConfigError(f"importing {file} failed: {describe(error)}", hint="mend the file") from error
     return module
 
