@@ -4,6 +4,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# two files of tests at a time, each file in one process
+PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.stamp-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
 # KV goes from prefill to decode engines over a library that loads these, over TCP too
@@ -37,7 +39,7 @@ docs: setup ## Write the reference pages from the code
 	$(RUN) docs/generate.py
 
 test: setup ## Run the tests that take seconds
-	$(RUN) -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup ## Run every test; installs SGLang (CPU) for the engine tests
 	@$(RUN) -c '$(LOAD_RDMA)' 2>/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq $(RDMA); } || \
@@ -45,7 +47,7 @@ test-all: setup ## Run every test; installs SGLang (CPU) for the engine tests
 	@{ $(BROWSER); } >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq chromium; } || \
 		{ echo "make: first install Chromium, for the tests of the report: apt-get install chromium" >&2; exit 1; }
 	PYTHON=$(PYTHON) $(VENV)/bin/sluice engines install sglang --cpu
-	$(RUN) -m pytest -q
+	$(PYTEST)
 
 check: setup ## Formatting, lint, types, import layers
 	$(RUN) -m ruff format --check .
