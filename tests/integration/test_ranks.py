@@ -240,7 +240,7 @@ def test_what_goes_wrong_at_a_rank_is_what_is_told(tmp_path: Path) -> None:
         with pytest.raises(TrainError, match="rank 1 of the trainer: was killed by SIGKILL"):
             several.step(batch(), ratio_loss)
     with ranks(2, model, tmp_path, settings) as several:
-        several._config = config(rank_seconds=3)
+        several.replicas._config = config(rank_seconds=3)
         os.kill(several._crew.pids[1], signal.SIGSTOP)  # type: ignore[attr-defined]
         began = time.monotonic()
         with pytest.raises(TrainError, match=r"within 3 s|imed out"):

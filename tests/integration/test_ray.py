@@ -432,11 +432,11 @@ def until(true: Callable[[], bool], seconds: float = 30) -> None:
 def test_what_a_cluster_does_not_have(tmp_path: Path, running: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer cores than asked for, cores that somebody else holds, no cluster: said before anything is built."""
     place = {"runtime": "ray", "address": running, "ready_seconds": 3}
-    with pytest.raises(ConfigError, match="asks for 9 CPU cores; the Ray cluster has 4"):
+    with pytest.raises(ConfigError, match=r"asks for 9 CPU cores; the Ray cluster has \d\b"):
         api.train(recipe(tmp_path / "a", "ray", placement=place, train={"ranks": 7}), view=NullView())
     with monkeypatch.context() as job:
         job.setenv("RAY_ADDRESS", running)  # as in a job of the cluster
-        with pytest.raises(ConfigError, match="asks for 9 CPU cores; the Ray cluster has 4"):
+        with pytest.raises(ConfigError, match=r"asks for 9 CPU cores; the Ray cluster has \d\b"):
             api.train(recipe(tmp_path / "j", "ray", train={"ranks": 7}), view=NullView())
     with cluster(recipe(tmp_path / "b", "ray", placement=place).placement, cpus=1):
         room = Room([Part(2)], seconds=30)
