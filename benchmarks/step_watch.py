@@ -127,7 +127,30 @@ def by_kind(microseconds: Counter[str], calls: Counter[str]) -> dict[str, Any]:
     }
 
 
-class WatchedTorch(RankWorker):
+class _Watched:
+    """What a worker that measures itself has besides its own methods; it comes before the worker's class."""
+
+    watch: Watch
+
+    def score(self, streams: Sequence[str], passes: Sequence[Any]) -> dict[str, Any]:
+        with self.watch.over("score"):
+            return super().score(streams, passes)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def step(self, micros: Sequence[Any], loss: Loss, streams: frozenset[str]) -> Any:
+        with self.watch.over("step"):
+            return super().step(micros, loss, streams)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def take(self) -> dict[str, float]:
+        return self.watch.take()
+
+    def profile(self) -> None:
+        self.watch.profile()
+
+    def profiled(self) -> dict[str, Any]:
+        return self.watch.profiled()
+
+
+class WatchedTorch(_Watched, RankWorker):
     """A rank of the torch trainer that measures itself."""
 
     def __init__(self, spec: RankSpec) -> None:
@@ -135,45 +158,11 @@ class WatchedTorch(RankWorker):
         self.watch = Watch(spec.device)
         self.watch.on(self._trainer.optimizer)
 
-    def score(self, streams: Sequence[str], passes: Sequence[Any]) -> dict[str, Any]:
-        with self.watch.over("score"):
-            return super().score(streams, passes)
 
-    def step(self, micros: Sequence[Any], loss: Loss, streams: frozenset[str]) -> Any:
-        with self.watch.over("step"):
-            return super().step(micros, loss, streams)
-
-    def take(self) -> dict[str, float]:
-        return self.watch.take()
-
-    def profile(self) -> None:
-        self.watch.profile()
-
-    def profiled(self) -> dict[str, Any]:
-        return self.watch.profiled()
-
-
-class WatchedMegatron(MegatronWorker):
+class WatchedMegatron(_Watched, MegatronWorker):
     """The same of the Megatron trainer."""
 
     def __init__(self, spec: RankSpec) -> None:
         super().__init__(spec)
         self.watch = Watch(spec.device)
         self.watch.on(self._trainer.model.optimizer)
-
-    def score(self, streams: Sequence[str], passes: Sequence[Any]) -> dict[str, Any]:
-        with self.watch.over("score"):
-            return super().score(streams, passes)
-
-    def step(self, micros: Sequence[Any], loss: Loss, streams: frozenset[str]) -> Any:
-        with self.watch.over("step"):
-            return super().step(micros, loss, streams)
-
-    def take(self) -> dict[str, float]:
-        return self.watch.take()
-
-    def profile(self) -> None:
-        self.watch.profile()
-
-    def profiled(self) -> dict[str, Any]:
-        return self.watch.profiled()

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from sluice import device as devices
+from sluice.errors import CheckpointError
 from sluice.plugins import load_files
-from sluice.train.base import Loss
+from sluice.train.base import Loss, Writer
 from sluice.train.ranks.spec import RankSpec
 from sluice.train.totals import MicroResult
 from sluice.types import MicroBatch, TrainSample
@@ -94,6 +95,21 @@ class Worker(Protocol):
     def peak_memory(self) -> int:
         """Bytes of this rank: of the accelerator, or resident on a CPU."""
         ...
+
+
+def write_taken(taken: dict[str, Writer], part: str, folder: Path) -> None:
+    """Write a part of the snapshot that a rank has taken, and forget it.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    try:
+        taken.pop(part)(folder)
+    except Exception as error:
+        raise CheckpointError(
+            f"its {part} could not be written to {folder}: {error}",
+            hint="free space and resume; earlier checkpoints and every finished episode are safe",
+        ) from error
 
 
 def meet(spec: RankSpec) -> None:

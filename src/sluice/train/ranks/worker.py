@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sluice.errors import CheckpointError
 from sluice.train.backends.torch import TorchTrainer
 from sluice.train.base import Loss, Writer
 from sluice.train.ranks.spec import RankSpec
-from sluice.train.ranks.work import StepPart, meet
+from sluice.train.ranks.work import StepPart, meet, write_taken
 from sluice.train.sharding import Shards, gathered
 from sluice.train.totals import MicroResult
 from sluice.types import MicroBatch, TrainSample
@@ -90,13 +89,7 @@ class RankWorker:
 
     def write(self, part: str, folder: Path) -> None:
         """See `Worker.write`."""
-        try:
-            self._taken.pop(part)(folder)
-        except Exception as error:
-            raise CheckpointError(
-                f"its {part} could not be written to {folder}: {error}",
-                hint="free space and resume; earlier checkpoints and every finished episode are safe",
-            ) from error
+        write_taken(self._taken, part, folder)
 
     def save_model(self, folder: Path) -> None:
         self._trainer.save_model(folder)

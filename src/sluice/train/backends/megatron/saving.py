@@ -23,12 +23,9 @@ from sluice.train.backends.megatron.division import pipeline_group
 from sluice.train.backends.megatron.families import Architecture, Parameter
 from sluice.train.backends.megatron.owned import writes
 from sluice.train.backends.megatron.state import MASTER, MOMENTS
+from sluice.train.backends.snapshot import nothing
 from sluice.train.backends.state import copy_tokenizer_files, random_state, read_counters, state_files, write_state
 from sluice.train.base import Writer
-
-
-def nothing(folder: Path) -> None:
-    """What a rank writes that holds no whole tensors."""
 
 
 @dataclass(frozen=True, slots=True)

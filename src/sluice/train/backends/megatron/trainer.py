@@ -16,7 +16,7 @@ from sluice.train.backends.megatron.frozen import FrozenWeights
 from sluice.train.backends.megatron.saving import SavedState, model_writer, optimizer_writer
 from sluice.train.backends.megatron.sharded import ShardedModel
 from sluice.train.backends.state import check_same_architecture
-from sluice.train.base import Loss, Snapshot
+from sluice.train.base import Loss, Snapshot, Writer
 from sluice.train.totals import MicroResult
 from sluice.types import MicroBatch, TrainSample
 
@@ -70,10 +70,15 @@ class MegatronTrainer:
 
         It is always a copy: the parts of several ranks are put together on the way.
         """
-        return Snapshot(
-            model_writer(self._folder, self.model.whole_weights(), self._config.dtype),
-            optimizer_writer(self.model.whole_state(), self.model.optimizer.steps_done),
-        )
+        return Snapshot(self.model_writer(), self.state_writer())
+
+    def model_writer(self) -> Writer:
+        """Of a snapshot's weights alone."""
+        return model_writer(self._folder, self.model.whole_weights(), self._config.dtype)
+
+    def state_writer(self) -> Writer:
+        """Of a snapshot's state alone."""
+        return optimizer_writer(self.model.whole_state(), self.model.optimizer.steps_done)
 
     def load_state(self, model: Path, state: Path) -> int:
         """See `Trainer.load_state`. Returns the optimizer steps that were done."""

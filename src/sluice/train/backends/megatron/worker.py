@@ -14,12 +14,11 @@ from torch import Tensor
 
 from sluice import device as devices
 from sluice.config.critic import CriticConfig
-from sluice.errors import CheckpointError
 from sluice.train.backends.megatron import shim
 from sluice.train.backends.megatron.admission import admitted
 from sluice.train.base import Loss, ValueLoss, Writer
 from sluice.train.ranks.spec import RankSpec
-from sluice.train.ranks.work import StepPart, meet
+from sluice.train.ranks.work import StepPart, meet, write_taken
 from sluice.types import MicroBatch, TrainSample
 
 if TYPE_CHECKING:
@@ -104,19 +103,13 @@ class MegatronWorker:
 
     def write(self, part: str, folder: Path) -> None:
         """See `Worker.write`."""
-        try:
-            self._taken.pop(part)(folder)
-        except Exception as error:
-            raise CheckpointError(
-                f"its {part} could not be written to {folder}: {error}",
-                hint="free space and resume; earlier checkpoints and every finished episode are safe",
-            ) from error
+        write_taken(self._taken, part, folder)
 
     def save_model(self, folder: Path) -> None:
-        self._trainer.snapshot().model(folder)
+        self._trainer.model_writer()(folder)
 
     def save_state(self, folder: Path) -> None:
-        self._trainer.snapshot().state(folder)
+        self._trainer.state_writer()(folder)
 
     def load_state(self, model: Path, state: Path) -> int:
         """See `Worker.load_state`."""
