@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.tiny import tiny
 from sluice.config import RunConfig
 from sluice.log import ACCOUNTED, EpisodeRecord, Kind, LogReader, account
 from sluice.obs.metrics import read_metrics
+from sluice.obs.view import NullView
 from sluice.types import Episode
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -28,11 +30,19 @@ DEADLINE = 240.0
 TIMED = ("time/", "speed/", "checkpoint/", "eval/seconds")
 
 
+class Unhurried(NullView):
+    """Holds the run up at each step: steps that take milliseconds would be over before a busy machine hits them."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        time.sleep(0.2)
+
+
 def train(config: dict[str, Any], resume: bool) -> None:
     """What the child process runs."""
     from sluice.orchestrate import api
 
-    api.train(RunConfig.model_validate(config), resume=resume)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be in the background, where it is ignored
+    api.train(RunConfig.model_validate(config), resume=resume, view=Unhurried())
 
 
 def start(config: RunConfig, *, resume: bool) -> Any:

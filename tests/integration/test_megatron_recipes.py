@@ -138,11 +138,22 @@ def test_sglang_serves_what_megatron_publishes(tmp_path: Path, model: Path) -> N
     assert 0 < max(row["mismatch/mean_abs"] for row in rows) <= 1e-5
 
 
-def test_smollm2(tmp_path: Path) -> None:
+ENGINES = {
+    "embedded": ("rollout.engine=embedded",),
+    "sglang on ray": (
+        "placement.runtime=ray", "rollout.sglang.build=cpu", "rollout.sglang.dtype=float32",
+        "rollout.sglang.groups=[{args={max-total-tokens=4096}}]", "rollout.context_length=128",
+    ),
+}  # fmt: skip
+"""What the recipe needs on a CPU: its servers are set up for an accelerator."""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_smollm2(tmp_path: Path, engine: str) -> None:
     """A real model of 135 million parameters with its tokenizer, trained by two stages, on the CPU."""
     folder, runs = fetch(tmp_path / "model"), tmp_path / "runs"
     short = (
-        f"model.path={folder}", f"runs_dir={runs}", "device=cpu", "threads=1", "rollout.engine=embedded",
+        f"model.path={folder}", f"runs_dir={runs}", "device=cpu", "threads=1", *ENGINES[engine],
         "train.dtype=float32", "train.megatron.pp=2", "train.micro_batch_tokens=512", "data.train.size=100",
         "data.eval_prompts=0", "data.strategy.samples=4", "rollout.sampling.max_new_tokens=12", "groups_per_step=2",
         "steps=2", "evaluation.every=0", "evaluation.greedy=false", "obs.live=false", 'rewards=[{type="random"}]',

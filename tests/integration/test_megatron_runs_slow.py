@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tests.integration.megatron_rig import small
 from tests.integration.test_background_checkpoints import contents, kept
 from tests.integration.test_kill_resume import comparable, finish, kill_when, records, start, trained_tokens
 from tests.integration.test_megatron_runs import recipe
-from tests.integration.test_ranks_run import rank_processes
+from tests.integration.test_ranks_run import ended
 from transformers import AutoModelForCausalLM
 
 from sluice.config import RunConfig
@@ -78,21 +77,6 @@ def nothing_lost(config: RunConfig) -> None:
     fate = account(LogReader(config.folder / "log").read(kinds=ACCOUNTED))
     assert (fate.decided_twice, fate.unlogged, fate.undecided) == ((), (), ())
     assert [len(fate.trained_at(step)) for step in range(1, config.steps + 1)] == [16] * config.steps
-
-
-def ended(folder: Path) -> None:
-    """No rank whose log is in `folder` outlives its controller."""
-    until = time.monotonic() + 30
-    while any(str(folder) in output(pid) for pid in rank_processes()):
-        assert time.monotonic() < until, "ranks outlived their controller"
-        time.sleep(0.1)
-
-
-def output(pid: int) -> str:
-    """Where a process writes to; nothing when it has ended meanwhile."""
-    with suppress(OSError):
-        return os.readlink(f"/proc/{pid}/fd/1")
-    return ""
 
 
 def interrupt(config: RunConfig, cursor: int) -> bool:

@@ -190,8 +190,11 @@ def loss_killer(prompt, answer):
     done = pathlib.Path({done!r})
     if not done.exists():
         done.touch()
-        for process in psutil.process_iter(["cmdline", "name"]):
-            line = " ".join(process.info["cmdline"] or []) or process.info["name"]
+        for process in psutil.Process({tests}).children(recursive=True):
+            try:
+                line = " ".join(process.cmdline()) or process.name()
+            except psutil.Error:
+                continue
             if {word!r} in line and process.pid != os.getpid():
                 os.kill(process.pid, signal.SIGKILL)
                 break
@@ -209,12 +212,19 @@ class Listening(NullView):
         self.lines.append(message)
 
 
-@pytest.mark.parametrize("word", ["ray::ServerShell", "ray::RankShell"])
-def test_an_actor_that_is_killed(tmp_path: Path, word: str) -> None:
+@pytest.mark.parametrize(
+    ("word", "train"),
+    [("ray::ServerShell", {}), ("ray::RankShell", {}), ("ray::RankShell", {"backend": "megatron", "ranks": 2})],
+    ids=["server", "rank", "megatron-rank"],
+)
+def test_an_actor_that_is_killed(tmp_path: Path, word: str, train: dict[str, Any]) -> None:
     """A server's turns go on elsewhere; with a rank the run goes on from its checkpoint and its log, by itself."""
-    (tmp_path / "kill.py").write_text(KILL.format(done=str(tmp_path / "done"), word=word))
+    (tmp_path / "kill.py").write_text(KILL.format(done=str(tmp_path / "done"), tests=os.getpid(), word=word))
     reward = {"type": "python", "path": f"{tmp_path / 'kill.py'}:loss_killer"}
-    config = recipe(tmp_path, "ray", rewards=[reward], steps=4, checkpoint={"every": 1})
+    config = recipe(
+        tmp_path, "ray", rewards=[reward], steps=4, checkpoint={"every": 1},
+        train={"ranks": 2, "rank_seconds": 120, **train},
+    )  # fmt: skip
     view = Listening()
     api.train(config, view=view)
     assert (tmp_path / "done").exists()

@@ -11,6 +11,8 @@ from sluice.train.ranks.calls import Failure, outcome
 from sluice.train.ranks.crew import first_failure
 
 PAIR = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553]"
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268"
+"""The forms are those of torch 2.6 to 2.11; NVIDIA/nccl issues 2076 and 1928 show them whole."""
 
 
 def failure(error: Exception) -> Failure:
@@ -28,6 +30,9 @@ def failure(error: Exception) -> Failure:
         f"{PAIR} Connection closed by peer [127.0.0.1]:18313. This is typically caused by a remote worker crashing.",
         f"{PAIR} Read error [127.0.0.1]:22943: Connection reset by peer. This is typically caused by a hang.",
         f"{PAIR} writev [127.0.0.1]:20914: Broken pipe",
+        f"{NCCL}, remote process exited or there was a network error, NCCL version 2.28.8\n"
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.\n"
+        "Last error:\nsocketProgressOpt: Call to recv from 10.0.0.2<33759> failed : Connection reset by peer",
     ],
 )
 def test_a_connection_between_ranks_that_ends_is_worth_another_try(said: str) -> None:
@@ -44,6 +49,7 @@ def test_a_connection_between_ranks_that_ends_is_worth_another_try(said: str) ->
     [
         RuntimeError(f"{PAIR} Timed out waiting 3000ms for recv operation to complete"),
         RuntimeError(f"{PAIR} Application timeout caused pair closure"),
+        RuntimeError(f"{NCCL}, internal error, NCCL version 2.28.8\nncclInternalError: Internal check failed."),
         RuntimeError("the loss is not finite"),
         ValueError(f"{PAIR} Connection closed by peer"),
         TrainError("a sample does not fit"),

@@ -19,8 +19,9 @@ WORKERS = {
 }
 """Module and class of each backend's `Worker`. A rank imports its own alone."""
 
-BROKEN = re.compile(r"gloo/transport/(?!.*time(d )?out)", re.IGNORECASE | re.DOTALL)
-"""What gloo says of a connection between two ranks that ended, but not of one that fell silent until the deadline."""
+BROKEN = re.compile(r"gloo/transport/(?!.*time(d )?out)|^ncclRemoteError", re.IGNORECASE | re.DOTALL | re.MULTILINE)
+"""What gloo and NCCL say of a connection between two ranks that ended, but not of one that fell silent until the
+deadline."""
 
 
 @dataclass(frozen=True, slots=True)
