@@ -12,7 +12,7 @@ from transformers.models.glm4 import modeling_glm4
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from sluice.train.backends.megatron.norm import root_mean_square, rotate
+from sluice.train.backends.megatron.norm import over_tokens, root_mean_square, rotate
 from sluice.train.backends.megatron.offload import HostStorages
 from sluice.train.backends.megatron.rotary import Angles
 
@@ -49,6 +49,34 @@ def test_norm_in_float64_stays_so() -> None:
     states, weight = torch.randn(5, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
     wanted = states / (states.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight
     torch.testing.assert_close(root_mean_square(states, weight, 1e-5), wanted, rtol=1e-13, atol=0)
+
+
+def test_one_kernel_serves_any_number_of_tokens() -> None:
+    """One for each kind of states, with gradients and without."""
+    made: list[Any] = []
+    kinds = 0
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    norm, turn = over_tokens(root_mean_square, backend), over_tokens(rotate, backend)
+    weights = {size: torch.nn.Parameter(torch.randn(size)) for size in (24, 8)}
+    for number, tokens in enumerate((7, 5, 2, 30)):
+        cos, sin = torch.randn(tokens, 1, 8), torch.randn(tokens, 1, 8)
+        for shape in ((1, 24), (4, 8), (2, 8)):
+            states = torch.randn(tokens, *shape, requires_grad=True)
+            for gradients in (False, True):
+                with torch.set_grad_enabled(gradients):
+                    weight = weights[shape[1]]
+                    assert torch.equal(norm(states, weight, 1e-5), root_mean_square(states, weight, 1e-5))
+                    if shape[1] == 8:
+                        assert torch.equal(turn(states, cos, sin, False), rotate(states, cos, sin, False))
+        if number == 0:
+            kinds = len(made)
+            assert kinds <= 2 * (3 + 2)
+    assert len(made) == kinds
 
 
 def theirs(variant: str, config: Any, q: Tensor, k: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
