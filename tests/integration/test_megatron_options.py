@@ -50,3 +50,12 @@ def test_gradients_stay(
     with megatron.trainer(1, model, layout, **train) as trainer:
         found = [trainer.step(batch(seed=seed), ratio_loss).grad_norm for seed in range(3)]
     np.testing.assert_allclose(found, norms, rtol=tolerance)
+
+
+def test_another_policy_between_two_updates(megatron: Rig, model: Path, norms: list[float]) -> None:
+    """Replicas fetch what others updated only as it is needed: not after a reference has stood in its place."""
+    with megatron.trainer(2, model, {}) as trainer:
+        found = [trainer.step(batch(seed=0), ratio_loss).grad_norm]
+        trainer.score(batch(seed=1).samples, frozenset({"reference"}))
+        found += [trainer.step(batch(seed=seed), ratio_loss).grad_norm for seed in (1, 2)]
+    np.testing.assert_allclose(found, norms, rtol=1e-5)

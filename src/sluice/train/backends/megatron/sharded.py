@@ -252,9 +252,11 @@ class ShardedModel:
         """Everything is on the accelerator for the length of the block."""
         away = self._host.away
         self.onload()
-        yield
-        if away:
-            self.offload()
+        try:
+            yield
+        finally:
+            if away:
+                self.offload()
 
     # ── state ───────────────────────────────────────────────────────────────────────────────────────────
 

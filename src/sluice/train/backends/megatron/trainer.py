@@ -56,6 +56,7 @@ class MegatronTrainer:
 
     def score(self, stream: str, passes: Sequence[Sequence[TrainSample]]) -> list[np.ndarray]:
         """Log-probs of all tokens of each pass end to end, by the policy that fills `stream`."""
+        self.model.optimizer.settle()  # before others' weights stand where this rank still lacks what replicas updated
         with nullcontext() if stream == "proximal" else self._frozen.in_place(stream):
             return self.model.score(passes)
 
