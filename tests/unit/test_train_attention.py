@@ -12,7 +12,8 @@ from train_cases import make_samples, padded_logprobs, plain_model, scratch
 
 from sluice.errors import TrainError
 from sluice.models.build import load_model
-from sluice.train.attention import PACKED_ATTENTION, Bucket, layout, packed_attention
+from sluice.train.attention import PACKED_ATTENTION, packed_attention
+from sluice.train.buckets import Bucket, layout
 from sluice.train.packed_model import PackedModel, choose_attention, make_pack
 from sluice.types import MicroBatch
 
@@ -66,6 +67,34 @@ def test_no_token_sees_another_sample(folder: Path) -> None:
     other = make_samples([20, 14], seed=5)[0]
     count = second.num_trained_tokens
     assert torch.equal(_scores(model, [first, second])[-count:], _scores(model, [other, second])[-count:])
+
+
+def test_long_samples_have_few_lengths() -> None:
+    """Sixteen in an octave, none of which adds more than a sixteenth; short ones stay as they are."""
+    found = {length: layout([length], CPU, rounded=True) for length in range(4_000, 16_385, 7)}
+    sizes = {length: shape.buckets[0].longest for length, shape in found.items()}
+    assert all(sizes[length] == length for length in sizes if length < 4_096)
+    assert all(length <= size <= length * 17 / 16 for length, size in sizes.items())
+    assert len({size for length, size in sizes.items() if length > 4_096}) == 32
+    assert all(shape.longest == length for length, shape in found.items())  # what a sliding window is compared with
+    assert layout([4_096, 4_096], CPU, rounded=True).moves is None
+    assert layout([5_001], CPU).buckets == (Bucket(1, 5_001),)
+
+
+def test_padding_of_long_samples_changes_nothing() -> None:
+    torch.manual_seed(0)
+    lengths = [4_100, 30, 4_099, 4_200]
+    states = [torch.randn(1, heads, sum(lengths), 4, dtype=torch.float64) for heads in (2, 1, 1)]
+    found: list[list[torch.Tensor]] = []
+    for rounded in (True, False):
+        q, k, v = (each.clone().requires_grad_() for each in states)
+        shape = layout(lengths, CPU, rounded=rounded)
+        assert shape.buckets == ((Bucket(3, 4_352), Bucket(1, 30)) if rounded else (Bucket(3, 4_200), Bucket(1, 30)))
+        output, _ = packed_attention(torch.nn.Module(), q, k, v, None, pack=shape)
+        output.square().sum().backward()
+        found.append([output, *(each.grad for each in (q, k, v) if each.grad is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_layout_buckets() -> None:

@@ -39,7 +39,7 @@ class MegatronConfig(Part):
     have no accelerator; no test of ours runs it."""
     attention: Literal["auto", "cudnn", "flash", "varlen"] = "auto"
     """Kernel on an accelerator. `cudnn` and `flash` take samples of similar length together, `varlen` a pack at once.
-    `auto` is `cudnn`. With `cp` over 1 it is always `varlen`."""
+    `auto` is `cudnn` for samples of 4,096 tokens and more. With `cp` over 1 it is always `varlen`."""
     compile: bool | None = None
     """Compile rotary, norms and activations; None does on an accelerator."""
     gradients: Literal["float32", "bfloat16"] = "float32"

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from sluice.errors import TrainError
 from sluice.models.heads import backbone, output_head
-from sluice.train.attention import PACKED_ATTENTION, PackLayout, layout
+from sluice.train.attention import PACKED_ATTENTION
+from sluice.train.buckets import PackLayout, layout
 from sluice.train.logprob import TokenScores, token_scores
 from sluice.train.prefixes import first_copies
 from sluice.train.routing import RoutingReplay

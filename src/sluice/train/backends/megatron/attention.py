@@ -6,15 +6,13 @@ gathers the keys and values of all, and attends from its two chunks of each samp
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from sluice.train.attention import packed_attention
@@ -24,10 +22,6 @@ from sluice.train.backends.megatron.packs import Packed
 
 _ROWS = 256
 """Queries on a CPU that are masked at one time: memory is this many rows of scores, not length × length."""
-_KERNELS = {
-    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
-    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
-}
 
 
 class PackedAttention(MegatronModule):
@@ -49,7 +43,7 @@ class PackedAttention(MegatronModule):
         self._scale = softmax_scale
         self._rotate = kernels(config.compile_small)[1]
         self._interleaved: bool = config.interleaved
-        self._kernel: str = config.attention_kernel
+        self._kernel: Literal["auto", "cudnn", "flash", "varlen"] = config.attention_kernel
         self._group = context_group()
 
     def forward(
@@ -79,8 +73,8 @@ class PackedAttention(MegatronModule):
             times = query.shape[1] // key.shape[1]
             key, value = (states.repeat_interleave(times, dim=1) for states in (key, value))
         q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in (query, key, value))
-        with sdpa_kernel(_KERNELS[self._kernel], set_priority=True) if query.is_cuda else nullcontext():
-            output, _ = packed_attention(self, q, k, v, None, pack=pack.layout, scaling=self._scale)
+        kernel = "auto" if self._kernel == "varlen" else self._kernel  # not on an accelerator
+        output, _ = packed_attention(self, q, k, v, None, pack=pack.layout, scaling=self._scale, kernel=kernel)
         return output[0].flatten(1)
 
     def _across(self, query: Tensor, key: Tensor, value: Tensor, pack: Packed) -> Tensor:

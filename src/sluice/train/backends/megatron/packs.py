@@ -19,8 +19,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sluice.train.attention import PackLayout, layout
 from sluice.train.backends.megatron.rotary import Angles
+from sluice.train.buckets import PackLayout, layout
 from sluice.train.packed_model import predicted_tokens
 from sluice.types import MicroBatch
 

@@ -19,7 +19,7 @@ class Settings(TransformerConfig):
 
     compile_small: bool = False
     interleaved: bool = False
-    attention_kernel: Literal["cudnn", "flash", "varlen"] = "cudnn"
+    attention_kernel: Literal["auto", "cudnn", "flash", "varlen"] = "auto"
     transformer_engine: bool = False
 
 
@@ -66,7 +66,7 @@ def settings(architecture: Architecture, config: TrainConfig, device: torch.devi
         transformer_engine=chosen.transformer_engine,
         fp8=chosen.fp8,
         interleaved=architecture.rotary_interleaved,
-        attention_kernel="cudnn" if chosen.attention == "auto" else chosen.attention,
+        attention_kernel=chosen.attention,
     )
 
 
