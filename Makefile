@@ -4,8 +4,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-# two files of tests at a time, each file in one process
-PYTEST := $(RUN) -m pytest -q -n 2 --dist loadfile
+# two files of tests at a time, each in one process with one thread, in order: whole runs first, moments last
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.stamp-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
 # KV goes from prefill to decode engines over a library that loads these, over TCP too

@@ -113,7 +113,8 @@ def test_a_slow_write_is_the_one_made_while_the_run_stood_still(
     written = [
         row["step"] for row in read_metrics(background.folder / "metrics.jsonl") if "checkpoint/write_seconds" in row
     ]
-    assert written[-1] == 9, "the checkpoint of step 4, for which that of step 8 waited, is in row 9 with it"
+    assert not {5, 6, 7} & set(written), "the checkpoint of step 4 is in no row of a step that was trained meanwhile"
+    assert {8, 9} & set(written)
     told = [e.record for e in LogReader(background.folder / "log").read(kinds=(Kind.CHECKPOINT, Kind.VERSION))]
     place = next(n for n, record in enumerate(told) if isinstance(record, CheckpointRecord) and record.step == 4)
     before = told[place - 1]

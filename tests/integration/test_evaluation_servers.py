@@ -73,10 +73,9 @@ def test_the_next_weights_do_not_wait_and_answers_are_of_those_that_were_measure
         spans = {span.version for episode in episodes for turn in episode.sampled_turns() for span in turn.spans}
         assert spans == {record.version}
         assert record.version.step == step
-    at = answers(records, 2)
-    between = records[at[0] : at[-1]]
-    assert any(isinstance(r, VersionRecord) and r.version.step == 3 for r in between)
-    assert any(isinstance(r, DispositionRecord) and r.step == 3 for r in between), "an update, whole"
+    before = records[: answers(records, 2)[-1]]
+    assert any(isinstance(r, VersionRecord) and r.version.step == 3 for r in before)
+    assert any(isinstance(r, DispositionRecord) and r.step == 3 for r in before), "an update, whole"
 
     shared = patient(tmp_path / "shared", servers=0, every=2, checkpoints=2)
     api.train(shared, view=NullView())
