@@ -54,6 +54,14 @@ def test_loads_as_written(folder: Path) -> None:
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
+def test_the_vocabulary_may_be_padded(tmp_path: Path) -> None:
+    """So that ranks can divide it, as published models have it."""
+    make_scratch(_config(vocab_size=64), tmp_path, seed=0)
+    model, tokenizer = load_model(tmp_path, dtype="float32", attn_implementation="sdpa"), load_tokenizer(tmp_path)
+    assert dict(model.named_parameters())["model.embed_tokens.weight"].shape[0] == 64 > len(tokenizer)
+    assert tokenizer.decode([len(tokenizer), 63]) == ""
+
+
 @pytest.mark.parametrize(
     "text", ["132", "1 3 2", "What is 132 + 4 = ?", "<answer>46</answer>", "x12 x1\n(don't)", " 12  3\n\n", "x1+1"]
 )

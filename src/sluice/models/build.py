@@ -112,8 +112,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def make_scratch(config: ScratchConfig, folder: Path, *, seed: int) -> None:
     """Write a randomly initialised model and its tokenizer to `folder` as a Hugging Face folder.
 
-    The same config and seed give the same bytes. `vocab_size`, when left out, is the tokenizer's; so are
-    the ids of the special tokens. Weights are float32.
+    The same config and seed give the same bytes. `vocab_size`, when left out, is the tokenizer's, and never less;
+    the ids of the special tokens are the tokenizer's too. Weights are float32.
 
     Raises:
         ConfigError: the model type or a key of the architecture is unknown, or the vocabulary disagrees.
@@ -125,10 +125,10 @@ def make_scratch(config: ScratchConfig, folder: Path, *, seed: int) -> None:
     config_class = CONFIG_MAPPING[model_type]
     _check_architecture_keys(config_class, architecture)
     given = architecture.setdefault("vocab_size", len(tokenizer))
-    if given != len(tokenizer):
+    if not isinstance(given, int) or given < len(tokenizer):
         raise ConfigError(
             f"model.scratch.architecture.vocab_size is {given}, but the tokenizer has {len(tokenizer)} ids",
-            hint="leave vocab_size out: it follows from the tokenizer",
+            hint="leave vocab_size out: it follows from the tokenizer; more is allowed, so that ranks can divide it",
         )
     architecture.setdefault("pad_token_id", tokenizer.convert_tokens_to_ids(PAD))
     architecture.setdefault("eos_token_id", tokenizer.convert_tokens_to_ids(EOS))
