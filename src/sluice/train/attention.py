@@ -30,8 +30,13 @@ from sluice.train.buckets import LONG, Bucket, PackLayout
 PACKED_ATTENTION = "sluice_packed"
 """Name under which `load_model(attn_implementation=...)` finds it."""
 _FALLBACK = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-_KERNELS = {"cudnn": (SDPBackend.CUDNN_ATTENTION, *_FALLBACK), "flash": _FALLBACK}
-"""In order of preference: what one cannot do, such as float32, the next one does."""
+_KERNELS = {
+    "auto": (SDPBackend.CUDNN_ATTENTION, *_FALLBACK, SDPBackend.MATH),
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, *_FALLBACK),
+    "flash": _FALLBACK,
+}
+"""In order of preference: what one cannot do, such as float32, the next one does. Only the last of `auto` computes
+scores of length × length; for short samples torch itself chooses among all of them."""
 Kernel = Literal["auto", "cudnn", "flash"]
 
 
@@ -144,8 +149,8 @@ def _attend(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scaling: 
     q, k, v = (
         states.view(bucket.count, bucket.longest, *states.shape[1:]).transpose(1, 2) for states in (query, key, value)
     )
-    chosen = kernel if kernel != "auto" else "cudnn" if bucket.longest >= LONG else None
-    with sdpa_kernel(list(_KERNELS[chosen]), set_priority=True) if chosen and q.is_cuda else nullcontext():
+    choice = q.is_cuda and (kernel != "auto" or bucket.longest >= LONG)
+    with sdpa_kernel(list(_KERNELS[kernel]), set_priority=True) if choice else nullcontext():
         output = scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
