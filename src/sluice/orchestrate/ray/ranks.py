@@ -13,9 +13,9 @@ from ray.util import get_node_ip_address
 
 from sluice.errors import TrainError
 from sluice.orchestrate.ray.cluster import Room
-from sluice.rollout.process import reserve_port
 from sluice.train.ranks.calls import Dispatcher, Failure, outcome
 from sluice.train.ranks.crew import Crew
+from sluice.train.ranks.work import open_store
 
 BESIDE = "beside"
 _OPTIONS: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {BESIDE: 1}}
@@ -24,11 +24,11 @@ _OPTIONS: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups":
 class RankShell(Dispatcher):
     """A rank as an actor."""
 
-    def port(self) -> tuple[str, int]:
-        """Address of this node and a port of it that is free."""
+    def open_store(self) -> str:
+        """Address of a store in this process, which replaces the last one."""
         host = get_node_ip_address()
-        with reserve_port(host) as port:
-            return host, port
+        self._store = open_store(host)
+        return f"tcp://{host}:{self._store.port}"
 
     def answer(self, method: str, arguments: tuple[Any, ...]) -> Any:
         return outcome(lambda: self.call(method, arguments))
@@ -59,8 +59,7 @@ class RayCrew(Crew):
         return len(self._actors)
 
     def meeting(self, folder: Path) -> str:
-        host, port = ray.get(self._actors[0].port.remote())
-        return f"tcp://{host}:{port}"
+        return ray.get(self._actors[0].open_store.remote())
 
     def _send(self, method: str, arguments: Mapping[int, tuple[Any, ...]], *, beside: bool = False) -> dict[Any, int]:
         calls: dict[Any, int] = {}

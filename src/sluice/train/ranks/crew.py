@@ -42,7 +42,7 @@ class Crew(ABC):
 
     @abstractmethod
     def meeting(self, folder: Path) -> str:
-        """Where the ranks find each other, new each time: a file in `folder`, or `tcp://host:port` of rank 0."""
+        """Where the ranks find each other, new each time; see `RankSpec.meeting`. `folder` has room for a file."""
 
     @abstractmethod
     def _send(self, method: str, arguments: Mapping[int, tuple[Any, ...]], *, beside: bool = False) -> dict[Any, int]:

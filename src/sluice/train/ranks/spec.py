@@ -17,7 +17,7 @@ class RankSpec:
     Attributes:
         rank, world: which one of how many.
         meeting: where the process group forms: a file that all ranks see and nobody has used before, or
-            `tcp://host:port`, where rank 0 listens.
+            `tcp://host:port` of a store that is open there, see `work.open_store`.
         model_folder, total_steps, seed, frozen, config: see `TorchTrainer`.
         device: `cpu`, or `cuda:N` of this process.
         plugins: files of the user's own code that were loaded in the controller.

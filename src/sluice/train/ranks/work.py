@@ -131,9 +131,13 @@ def meet(spec: RankSpec) -> None:
     load_files(spec.plugins)
 
 
+def open_store(host: str) -> TCPStore:
+    """Where ranks of several hosts meet: it listens at this process for as long as it is kept, at a port of its own."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
 def _store(spec: RankSpec) -> Store:
     host, _, port = spec.meeting.removeprefix("tcp://").rpartition(":")
     if not spec.meeting.startswith("tcp://"):
         return FileStore(spec.meeting, spec.world)
-    seconds = timedelta(seconds=spec.config.rank_seconds)
-    return TCPStore(host, int(port), spec.world, is_master=spec.rank == 0, timeout=seconds)
+    return TCPStore(host, int(port), spec.world, timeout=timedelta(seconds=spec.config.rank_seconds))
