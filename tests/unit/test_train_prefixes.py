@@ -14,8 +14,9 @@ from family_cases import FAMILIES, ONE_AT_A_TIME, family
 from train_cases import make_samples
 
 from sluice.models.build import load_model
-from sluice.train.attention import PACKED_ATTENTION, layout, packed_attention
+from sluice.train.attention import PACKED_ATTENTION, packed_attention
 from sluice.train.backends.critic import ValueModel
+from sluice.train.buckets import layout
 from sluice.train.packed_model import Pack, PackedModel, choose_attention, make_pack, shares_prompts
 from sluice.train.prefixes import first_copies
 from sluice.types import MicroBatch, TrainSample
