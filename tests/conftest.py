@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 _STATUS: list[int] = []
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started us with &; children inherit it
 
 
 @pytest.fixture(scope="session")

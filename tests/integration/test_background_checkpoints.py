@@ -56,7 +56,6 @@ def train_slowly(raw: dict[str, Any], step: int, trained: int, mark: str) -> Non
     """What a child does: the checkpoint of `step` waits for a file, which is not made before `trained` batches."""
     from sluice.orchestrate import api
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
     config = RunConfig.model_validate(raw)
     slow(config, step, lambda: rows(config) >= trained and Path(mark).exists())
     api.train(config)

@@ -41,7 +41,6 @@ def train(config: dict[str, Any], resume: bool) -> None:
     """What the child process runs."""
     from sluice.orchestrate import api
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may be in the background, where it is ignored
     api.train(RunConfig.model_validate(config), resume=resume, view=Unhurried())
 
 
@@ -154,10 +153,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_works(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text(config.model_dump_json())
     command = [sys.executable, "-c", "from sluice.cli import main; main()", "train", str(recipe)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell started us with &
-    )  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + DEADLINE
     while records(config.folder / "log") < 150:
         assert process.poll() is None, process.communicate()[1]

@@ -76,13 +76,13 @@ def test_the_demo_with_another_trainer_wherever_it_runs(tmp_path: Path) -> None:
 
 
 def test_phases_before_rl(tmp_path: Path, model: Path) -> None:
-    """SFT and DPO by Megatron, in a pipeline and over replicas, and GRPO after them, against torch."""
+    """SFT and DPO by Megatron, in a pipeline and over tensors, and GRPO after them, against torch."""
     runs: list[RunConfig] = []
     for name in ("torch", "megatron"):
         asked = phases(tmp_path / name, 1)
         slow = {"optimizer": {"lr": 3e-3, "eps": 1e-4}}
         chosen = {"backend": "megatron", "ranks": 2}
-        for phase, layout in (("warm_start", {"pp": 2}), ("preferences", {})):
+        for phase, layout in (("warm_start", {"pp": 2}), ("preferences", {"tp": 2})):
             here = {**slow, **chosen, "megatron": layout} if name == "megatron" else slow
             asked = merge(asked, {phase: {"train": here}})
         train = {**chosen, "megatron": {"cp": 2}} if name == "megatron" else {}

@@ -214,7 +214,7 @@ class Listening(NullView):
 
 @pytest.mark.parametrize(
     ("word", "train"),
-    [("ray::ServerShell", {}), ("ray::RankShell", {}), ("ray::RankShell", {"backend": "megatron", "ranks": 2})],
+    [("ray::ServerShell", {}), ("ray::RankShell", {}), ("ray::RankShell", {"backend": "megatron"})],
     ids=["server", "rank", "megatron-rank"],
 )
 def test_an_actor_that_is_killed(tmp_path: Path, word: str, train: dict[str, Any]) -> None:

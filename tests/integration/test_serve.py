@@ -25,7 +25,6 @@ def server(model: Path, folder: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*command, "--folder", str(folder), "rollout.embedded.kv_tokens=8192", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell started us with &
     )  # fmt: skip
 
 

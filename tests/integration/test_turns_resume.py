@@ -79,7 +79,6 @@ def train(config: dict[str, Any], resume: bool, asked: str) -> None:
     from sluice.rollout.engines.base import GenerateRequest, Generation
     from sluice.rollout.engines.embedded import EmbeddedEngine
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     generate = EmbeddedEngine.generate
 
     async def counting(self: EmbeddedEngine, request: GenerateRequest) -> Generation:

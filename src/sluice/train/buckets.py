@@ -94,7 +94,9 @@ def layout(
         copies: the token that each token is a copy of, as `first_copies` returns it; None computes all.
         rounded: pad long samples to lengths that come again; None does so on an accelerator.
     """
-    sized = _rounded if (device.type != "cpu" if rounded is None else rounded) else int
+    if rounded is None:
+        rounded = device.type != "cpu"
+    sized = _rounded if rounded else int
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     groups: list[list[int]] = []
     tokens = 0
