@@ -1,12 +1,12 @@
-"""Peak memory and time of chunked log-probs against naive ones, forward and backward.
+"""Peak memory and time of chunked log-probs, as they are and compiled, against naive ones, forward and backward.
 
     python -m benchmarks.logprob_memory [--device cpu|cuda] [--tokens 2000 …] [--vocabulary 150000] [--hidden 64]
                                         [--chunk 256] [--dtype float32] [--rounds 1] [--out FILE]
 
 On a CPU each variant runs in a process of its own; its peak is `ru_maxrss` less that of a process that makes the inputs
 and gradients only. On an accelerator it is what torch had allocated at most, less inputs and gradients. Seconds are CPU
-seconds there and wall seconds here, the best of `rounds` after one to warm up (on a CPU: the only one). A variant that
-does not fit says so. Prints one JSON object.
+seconds there and wall seconds here, the best of `rounds`, after one to warm up on an accelerator and
+of what is compiled. A variant that does not fit says so. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.rig import command_line, machine, report
 
 from sluice.train.logprob import token_scores
 
-VARIANTS = ("inputs", "chunked", "naive")
+VARIANTS = ("inputs", "chunked", "compiled", "naive")
 
 
 def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -41,12 +41,14 @@ def measure(variant: str, args: argparse.Namespace) -> dict[str, Any]:
     hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
     before = torch.cuda.memory_allocated() if args.device == "cuda" else 0
     best = float("inf")
-    for _ in range(args.rounds + (args.device == "cuda")):
+    for _ in range(args.rounds + (args.device == "cuda" or variant == "compiled")):
         hidden.grad.zero_()
         weight.grad.zero_()
         begin = clock(args.device)
-        if variant == "chunked":
-            token_scores(hidden, weight, None, targets, temperature, chunk=args.chunk).logprob.sum().backward()
+        if variant in ("chunked", "compiled"):
+            compiled = variant == "compiled"
+            scores = token_scores(hidden, weight, None, targets, temperature, chunk=args.chunk, compiled=compiled)
+            scores.logprob.sum().backward()
         elif variant == "naive":
             logp = ((hidden @ weight.T).float() / temperature[:, None]).log_softmax(-1)
             with torch.no_grad():

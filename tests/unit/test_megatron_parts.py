@@ -12,9 +12,10 @@ from transformers.models.glm4 import modeling_glm4
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
-from sluice.train.backends.megatron.norm import over_tokens, root_mean_square, rotate
+from sluice.train.backends.megatron.norm import root_mean_square, rotate
 from sluice.train.backends.megatron.offload import HostStorages
 from sluice.train.backends.megatron.rotary import Angles
+from sluice.train.compiled import over_tokens
 
 CPU = torch.device("cpu")
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

@@ -55,6 +55,21 @@ def test_values_and_gradients(dtype: torch.dtype, close: float, chunk: int, bias
         torch.testing.assert_close(a.double(), b.double(), atol=close, rtol=close)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_is_the_same(dtype: torch.dtype) -> None:
+    """By torch's own compiler; numbers of tokens that leave a last chunk of another size."""
+    for tokens in (7, 5, 30):
+        case = _case(tokens, 50, dtype, bias=True)
+        inputs = [case[name] for name in ("hidden", "weight", "bias")]
+        found: list[list[torch.Tensor]] = []
+        for compiled in (False, True):
+            scores = token_scores(**case, chunk=4, compiled=compiled)
+            slopes = torch.autograd.grad((scores.logprob * torch.linspace(-1, 1, tokens)).sum(), inputs)
+            found.append([scores.logprob.detach(), scores.entropy, *slopes])
+        for plain, fused in zip(*found, strict=True):
+            torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 8e-3)
+
+
 def test_gradcheck() -> None:
     case = _case(5, 7, torch.float64, bias=True)
     case["temperature"] = case["temperature"].double()

@@ -36,12 +36,10 @@ class MegatronConfig(Part):
     computed, which takes more memory and less time."""
     offload_optimizer: float = Field(default=0.0, ge=0, le=1)
     """Share of float32 parameters and moments that stay in host memory, where the CPU updates them. Refused where ranks
-    have no accelerator; no test of ours runs it."""
+    have no accelerator."""
     attention: Literal["auto", "cudnn", "flash", "varlen"] = "auto"
     """Kernel on an accelerator. `cudnn` and `flash` take samples of similar length together, `varlen` a pack at once.
     `auto` is `cudnn` for samples of 4,096 tokens and more. With `cp` over 1 it is always `varlen`."""
-    compile: bool | None = None
-    """Compile rotary, norms and activations; None does on an accelerator."""
     gradients: Literal["float32", "bfloat16"] = "float32"
     """In which gradients are added up."""
 
@@ -69,6 +67,11 @@ class MegatronConfig(Part):
             )
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"vpp = {self.vpp} divides the stages of a pipeline, and pp = 1 has none; set pp")
+        if self.offload_optimizer and not self.distributed_optimizer:
+            raise ValueError(
+                f"offload_optimizer = {self.offload_optimizer} is not there with distributed_optimizer = false; leave "
+                "one of them out"
+            )
         if self.fp8 is not None and not self.transformer_engine:
             raise ValueError(
                 f"fp8 = {self.fp8!r} is Transformer Engine's: set transformer_engine = true, or leave it out"

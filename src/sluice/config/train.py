@@ -58,6 +58,9 @@ class TrainConfig(Part):
     """Tokens whose logits exist at one time; peak memory is chunk x vocabulary, whatever the batch."""
     dtype: DType = "float32"
     """Precision of the forward and backward pass. Parameters and moments stay in float32."""
+    compile: bool | None = None
+    """Have `torch.compile` make one kernel of many small operations: log-probs, and with the Megatron backend norms,
+    rotary embedding and activations. None does on an accelerator. It needs a C compiler there."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     routing_replay: bool = False

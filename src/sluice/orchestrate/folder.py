@@ -41,7 +41,7 @@ MAY_CHANGE = (
     "rollout.gateway.host", "rollout.gateway.port", "rollout.gateway.owner_key_env", "rollout.gateway.idle_seconds",
     "rollout.gateway.max_sessions", "rollout.gateway.body_bytes", "rollout.gateway.retry_after_seconds",
     "rollout.runner.parallel", "rollout.runner.keep", "train.micro_batch_tokens",
-    "train.logprob_chunk", "train.activation_checkpointing", "placement", "data.gate",
+    "train.logprob_chunk", "train.compile", "train.activation_checkpointing", "placement", "data.gate",
     *(f"{phase}train.{key}" for phase in ("", "warm_start.", "preferences.")
       for key in ("backend", "megatron", "ranks", "rank_seconds")),
 )  # fmt: skip

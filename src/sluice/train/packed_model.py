@@ -166,15 +166,23 @@ class PackedModel:
     Args:
         model: on its device, with an attention that `choose_attention` returned.
         chunk: tokens whose logits exist at one time.
+        compiled: as of `token_scores`.
         replay: directs the model's routers by `Pack.experts`.
         whole: of a model that is sharded over ranks; every pass then is one of all ranks.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, chunk: int, replay: RoutingReplay | None = None, whole: Whole | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        chunk: int,
+        compiled: bool | None = None,
+        replay: RoutingReplay | None = None,
+        whole: Whole | None = None,
     ) -> None:
         self.model = model
         self._whole = whole
+        self._compiled = compiled
         self.replay = replay
         self._agreed: list[Tensor] = []
         self._backbone = backbone(model)
@@ -210,6 +218,7 @@ class PackedModel:
             pack.ids[0].index_select(0, pack.index),
             pack.temperature / head.scale,
             chunk=self._chunk,
+            compiled=self._compiled,
         )
 
     def _states(self, pack: Pack) -> Tensor:

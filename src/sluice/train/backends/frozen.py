@@ -70,4 +70,4 @@ class FrozenPolicies:
         whole = self._shards.wrap(model) if self._shards else None
         if whole is None:
             model = to_device(model, self._device)
-        return PackedModel(model, chunk=config.logprob_chunk, whole=whole)
+        return PackedModel(model, chunk=config.logprob_chunk, compiled=config.compile, whole=whole)

@@ -101,7 +101,9 @@ class TorchTrainer:
         if replay:
             check_replay(PackedModel(model, chunk=config.logprob_chunk, replay=replay), replay)
         whole = shards.wrap(model) if shards else None
-        self._packed = PackedModel(model, chunk=config.logprob_chunk, replay=replay, whole=whole)
+        self._packed = PackedModel(
+            model, chunk=config.logprob_chunk, compiled=config.compile, replay=replay, whole=whole
+        )
         others = frozen or {} if self._adapters else {"reference": model_folder, **(frozen or {})}
         self._frozen = FrozenPolicies(others, config, self._device, shards)
         parameters = self._adapters.parameters if self._adapters else dict(model.named_parameters())

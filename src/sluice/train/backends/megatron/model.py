@@ -69,6 +69,7 @@ class ScoringHead(ColumnParallelLinear):
             pack.temperature,
             chunk=chunk,
             over=group if group.size() > 1 else None,
+            compiled=cast(Settings, self.config).compile_small,
         )
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
-_KERNELS = 64
-"""Of one function at most: more than kinds of states, precisions and policies of a process."""
+from sluice.train.compiled import over_tokens
 
 
 def root_mean_square(states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,29 +42,6 @@ def kernels(compiled: bool) -> tuple[Any, Any]:
     if not compiled:
         return root_mean_square, rotate
     return over_tokens(root_mean_square), over_tokens(rotate)
-
-
-def over_tokens(function: Callable[..., Tensor], backend: Any = "inductor") -> Callable[..., Tensor]:
-    """`function` compiled once for all numbers of tokens, the first axis of its tensors but for a weight.
-
-    Left to itself the compiler makes a kernel of the first number and another of all numbers, for each kind of states
-    and with and without gradients: for a model with norms of queries and keys these are eight, after which it compiles
-    no more and what differs is computed as it stands, slowly and without a word. The limit is of a whole process.
-
-    Args:
-        backend: as of `torch.compile`.
-    """
-    limits: Any = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, _KERNELS)
-    compiled = torch.compile(function, backend=backend)
-
-    def call(states: Tensor, *further: Any) -> Tensor:
-        for each in (states, *further):
-            if isinstance(each, Tensor) and each.ndim > 1:
-                torch._dynamo.maybe_mark_dynamic(each, 0)
-        return compiled(states, *further)
-
-    return call
 
 
 class Norm(torch.nn.Module):

@@ -27,6 +27,7 @@ def settings(architecture: Architecture, config: TrainConfig, device: torch.devi
     """megatron-core's configuration of a model."""
     chosen, dtype = config.megatron, getattr(torch, config.dtype)
     fast = device.type != "cpu"
+    compiled = fast if config.compile is None else config.compile
     return Settings(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden,
@@ -44,8 +45,8 @@ def settings(architecture: Architecture, config: TrainConfig, device: torch.devi
         hidden_dropout=0.0,
         attention_dropout=0.0,
         persist_layer_norm=False,
-        bias_activation_fusion=fast,
-        bias_dropout_fusion=fast,
+        bias_activation_fusion=fast and compiled,
+        bias_dropout_fusion=fast and compiled,
         use_cpu_initialization=not fast,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -62,7 +63,7 @@ def settings(architecture: Architecture, config: TrainConfig, device: torch.devi
         overlap_p2p_comm=chosen.vpp > 1,
         batch_p2p_comm=chosen.vpp <= 1,
         **_recompute(config, architecture.layers // (chosen.pp * chosen.vpp)),
-        compile_small=fast if chosen.compile is None else chosen.compile,
+        compile_small=compiled,
         transformer_engine=chosen.transformer_engine,
         fp8=chosen.fp8,
         interleaved=architecture.rotary_interleaved,
