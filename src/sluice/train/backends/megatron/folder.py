@@ -48,8 +48,11 @@ class Reader:
             self.close()
             raise
 
-    def part(self, parameter: Parameter, rank: int, size: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def part(self, parameter: Parameter, rank: int, size: int, *, dtype: torch.dtype | None = None) -> Tensor:
         """What tensor-parallel rank `rank` of `size` holds of `parameter`, on the CPU; nothing else is read.
+
+        Args:
+            dtype: of the result; None is that of the file.
 
         Raises:
             TrainError: the file cannot be read.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sluice.config.train import OptimizerConfig, TrainConfig
 from sluice.train.backends.megatron.model import PackedGPT, Settings
+from sluice.train.backends.megatron.state import set_main
 from sluice.train.schedule import learning_rate
 
 
@@ -125,33 +126,17 @@ class CoreOptimizer:
             chunk.start_param_sync(force_sync=True)
         self._settled = True
 
+    def set_main(self, parameter: torch.nn.Parameter, value: Tensor) -> None:
+        """See `state.set_main`. `reload_copies` is to be called after the last one."""
+        set_main(self.parts, parameter, value)
+
     @torch.no_grad()
-    def reload(self, exact: Sequence[Mapping[str, Tensor]]) -> None:
-        """After parameters were set: take them over into the main parameters.
-
-        Args:
-            exact: float32 values of each stage's parameters by name, before rounding; empty where parameters are their
-                own main parameters.
-        """
-        if self._divided and any(exact):
-            self.core.reload_model_params(
-                {f"model{number}": dict(values) for number, values in enumerate(exact)}
-                if len(exact) > 1
-                else dict(exact[0])
-            )
-        elif any(exact):
-            for chunk, values in zip(self._chunks, exact, strict=True):
-                for name, parameter in chunk.module.named_parameters():
-                    if (main := getattr(parameter, "main_param", None)) is not None:
-                        main.copy_(values[name])
-        self._reload_copies()
-
-    def _reload_copies(self) -> None:
-        """`offload_optimizer` updates copies, made with the model; megatron-core refreshes those of bfloat16 alone."""
+    def reload_copies(self) -> None:
+        """`offload_optimizer` updates copies, which were made with the model."""
         for part in self.parts:
             for main, inner in getattr(part.optimizer, "param_to_inner_param", {}).items():
                 if inner is not main:
-                    inner.data.copy_(main.data)
+                    inner.copy_(main)
 
     def tensors(self) -> Iterable[Tensor]:
         """What it holds besides the model's own parameters: main parameters and moments."""

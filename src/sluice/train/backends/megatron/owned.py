@@ -20,14 +20,11 @@ class Own(NamedTuple):
     Attributes:
         described: what it is in the whole model.
         part: this rank's part of it.
-        stage, name: where the rank has it: its stage of those that the rank holds, and megatron-core's name there.
         tied: a last stage's copy of the embedding, which is its head. It is read and updated, and never written.
     """
 
     described: Parameter
     part: torch.nn.Parameter
-    stage: int
-    name: str
     tied: bool
 
     def whole(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:

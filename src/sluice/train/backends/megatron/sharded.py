@@ -96,24 +96,22 @@ class ShardedModel:
     def _held(self) -> Iterator[Own]:
         known = {each.name: each for each in self._described.parameters}
         embedding = known["embedding.word_embeddings.weight"]  # a tied head's
-        for number, stage in enumerate(self._stages):
-            for (name, part), whole_name in zip(stage.named_parameters(), stage.whole_names(), strict=True):
-                yield Own(known.get(whole_name, embedding), part, number, name, tied=whole_name not in known)
+        for stage in self._stages:
+            for part, name in zip(stage.parameters(), stage.whole_names(), strict=True):
+                yield Own(known.get(name, embedding), part, tied=name not in known)
 
     @torch.no_grad()
     def load(self, read: Callable[[Own], Tensor]) -> None:
         """Set every parameter.
 
         Args:
-            read: gives this rank's part, in float32.
+            read: gives this rank's part, as it is stored.
         """
-        exact: list[dict[str, Tensor]] = [{} for _ in self._stages]
         for each in self.held:
-            value = read(each)
+            value = read(each).to(self._device)
             each.part.copy_(value)
-            if self._config.dtype != "float32":
-                exact[each.stage][each.name] = value
-        self.optimizer.reload(exact)
+            self.optimizer.set_main(each.part, value)
+        self.optimizer.reload_copies()
 
     def load_folder(self, folder: Path) -> None:
         """Set every parameter from a Hugging Face folder, reading only what this rank holds.

@@ -42,20 +42,41 @@ class _Piece:
         return (self.main if kind == MASTER else self.states[self.main][kind]).detach()
 
 
-def _piece(optimizers: Sequence[Any], parameter: torch.nn.Parameter) -> _Piece | None:
-    """None where other replicas update all of the parameter."""
+def _place(optimizers: Sequence[Any], parameter: torch.nn.Parameter) -> tuple[Any, slice, Tensor] | None:
+    """The optimizer that updates a parameter, which part of it, and that part's main values; None where other replicas
+    update all of it."""
     for each in optimizers:
         if hasattr(each, "model_param_group_index_map"):  # divided over replicas
             if parameter in each.model_param_group_index_map:
                 group, order = each.model_param_group_index_map[parameter]
                 found = each._get_model_param_range_map(parameter)["param"]
                 main = each.optimizer.param_groups[group]["params"][order]
-                return _Piece(slice(found.start, found.end), *_inner(each.optimizer, main))
+                return each, slice(found.start, found.end), main
         else:
             main = getattr(parameter, "main_param", parameter)
             if any(main is known for group in each.optimizer.param_groups for known in group["params"]):
-                return _Piece(slice(0, parameter.numel()), *_inner(each.optimizer, main))
+                return each, slice(0, parameter.numel()), main
     return None
+
+
+def _piece(optimizers: Sequence[Any], parameter: torch.nn.Parameter) -> _Piece | None:
+    found = _place(optimizers, parameter)
+    if found is None:
+        return None
+    each, where, main = found
+    return _Piece(where, *_inner(each.optimizer, main))
+
+
+@torch.no_grad()
+def set_main(optimizers: Sequence[Any], parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Make `value` the main values of a parameter, as far as this rank updates it.
+
+    Args:
+        value: in the shape of the parameter, not rounded to its dtype.
+    """
+    if (found := _place(optimizers, parameter)) is not None:
+        _, where, main = found
+        main.copy_(value.reshape(-1)[where].view(main.shape))
 
 
 def _inner(optimizer: Any, main: Tensor) -> tuple[Tensor, dict[Tensor, dict[str, Any]]]:
