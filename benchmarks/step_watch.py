@@ -83,6 +83,12 @@ class Watch:
             found["forward_backward"] = found.pop("step") - found["grad_norm"] - found["update"]
         return found
 
+    def reset_peak(self) -> None:
+        """Count the peak of memory from here on; on a CPU there is no such thing."""
+        if self._device != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+
     def profile(self) -> None:
         """Begin to record kernels."""
         kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._device != "cpu" else [])
@@ -142,6 +148,13 @@ class _Watched:
 
     def take(self) -> dict[str, float]:
         return self.watch.take()
+
+    def reset_peak(self) -> None:
+        self.watch.reset_peak()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the accelerator that this rank's tensors have, and that torch keeps; zeros on a CPU."""
+        return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
 
     def profile(self) -> None:
         self.watch.profile()

@@ -10,9 +10,9 @@ clipped policy gradient over all tokens but the first of each sample, global nor
 so are tokens. A pack `COUNTxLENGTH` is one micro-batch; every replica of the model makes `--passes` of them in a step.
 `64x256~` has samples of 256 tokens on average, of other lengths in every step, as a run has (uniform from half to one
 and a half): what is planned or compiled for each length then shows.
-Every row is measured in processes of its own, with the trainer that a run would have; figures are medians after two
-steps that are not counted, `spread` is (slowest / fastest) - 1 of the counted ones. Prints one JSON object, and writes
-what it has so far to `--out` after each row.
+Every backend is measured in processes of its own, with the trainer that a run would have; on one GPU all packs of one
+pass one after the other, elsewhere each pack with new ones. Figures are medians after two steps that are not counted,
+`spread` is (slowest / fastest) - 1 of the counted ones. Prints one JSON object; `--out` has what was measured so far.
 
 Work of a step, in FLOP, for N parameters that multiply every token, T tokens, h heads of d, L layers and samples of s:
 
@@ -30,6 +30,7 @@ the controller waited for.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -37,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ WORKERS = {
 }
 FORMULA = "training = 6 N T + sum of 6 s^2 h d L (causal attention); scoring = a third of it; no recomputation"
 WARM_UP = 2
+Call = Callable[[str], list[Any]]
+"""Calls a method of `Watch` at every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ def settings(args: argparse.Namespace, backend: str, recompute: str, budget: int
         "backend": backend, "ranks": args.ranks, "micro_batch_tokens": budget, "dtype": args.dtype,
         "activation_checkpointing": kind != "none", "logprob_chunk": args.logprob_chunk, "share_prompts": "never",
         "rank_seconds": 900, "optimizer": {"lr": 1e-6},
+        "compile": {"auto": None, "on": True, "off": False}[args.compile],
     }  # fmt: skip
     if backend == "torch":
         if recompute not in ("none", "layers"):
@@ -122,7 +126,6 @@ def settings(args: argparse.Namespace, backend: str, recompute: str, budget: int
     megatron: dict[str, Any] = {
         name: getattr(args, name) for name in ("tp", "pp", "vpp", "cp", "attention", "gradients")
     }
-    megatron["compile"] = {"auto": None, "on": True, "off": False}[args.compile]
     if kind != "none":
         megatron |= {"recompute": kind, "recompute_layers": int(layers) if layers else None}
     return TrainConfig.model_validate({**common, "megatron": megatron})
@@ -152,32 +155,46 @@ def work(shape: str, lengths: Sequence[int]) -> float:
     return 6 * parameters(shape)[1] * sum(lengths) + attention * sum(length**2 for length in lengths)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One row, in this process and the ranks that it starts."""
-    backend, shape, pack, recompute = args.backends[0], args.shapes[0], args.packs[0], args.recompute[0]
+def measure(args: argparse.Namespace) -> None:
+    """Rows of all packs, in this process and the ranks that it starts, each printed as a line of JSON once it is known.
+
+    After a pack that does not fit nothing more is measured: what its failure left behind is in the way.
+    """
+    backend, shape, recompute = args.backends[0], args.shapes[0], args.recompute[0]
     torch.set_num_threads(args.threads)
-    config = settings(args, backend, recompute, budget_of(pack))
-    packs = args.passes * Layout.of(config, ranks=config.ranks).replicas
-    vocabulary = SHAPES[shape].vocab_size
+    config = settings(args, backend, recompute, max(budget_of(pack) for pack in args.packs))
     places = device.several(device.resolve(args.device), config.ranks)
+    left = list(args.packs)
     with tempfile.TemporaryDirectory() as name:
         opened = opened_torch if backend == "torch" and config.ranks == 1 else opened_ranks
-        trainer, context, call = opened(config, args, places, Path(name))
-        with context:
-            steps = [
-                one_step(trainer, samples(pack.lengths(packs, number), vocabulary), config, call)
-                for number in range(WARM_UP + args.steps)
-            ]
-            found = summary(steps, args, shape)
-            found |= {"parameters": parameters(shape)[0], "peak_bytes": trainer.peak_memory()}
-            if args.profile:
-                call("profile")
-                one_step(trainer, samples(pack.lengths(packs, len(steps)), vocabulary), config, call)
-                found["profile"] = call("profiled")[0]
+        try:
+            begin = time.perf_counter()
+            trainer, context, call = opened(config, args, places, Path(name))
+            sizes = {"parameters": parameters(shape)[0], "load_seconds": round(time.perf_counter() - begin, 1)}
+            with context:
+                while left:
+                    call("reset_peak")
+                    found = measure_pack(left[0], trainer, call, config, args)
+                    print(json.dumps({**found, **sizes}), flush=True)
+                    del left[0]
+        except (torch.OutOfMemoryError, SluiceError) as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            print(json.dumps({"does_not_fit": str(error).splitlines()[0].partition(". GPU ")[0]}), flush=True)
+
+
+def measure_pack(pack: Pack, trainer: Any, call: Call, config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """A row: steps on one kind of pack."""
+    packs = args.passes * Layout.of(config, ranks=config.ranks).replicas
+    vocabulary = SHAPES[args.shapes[0]].vocab_size
+    drawn = lambda number: samples(pack.lengths(packs, number), vocabulary)  # noqa: E731
+    steps = [one_step(trainer, drawn(number), config, call) for number in range(WARM_UP + args.steps)]
+    found = {**summary(steps, args, args.shapes[0]), "peak_bytes": trainer.peak_memory()}
+    if args.profile:
+        call("profile")
+        one_step(trainer, drawn(len(steps)), config, call)
+        found["profile"] = call("profiled")[0]
     return found
-
-
-Call = Callable[[str], list[Any]]
 
 
 def opened_torch(
@@ -262,32 +279,46 @@ def matmul_peak(args: argparse.Namespace) -> float:
     return 2 * size**3 / statistics.median(times[10:])
 
 
-def alone(args: argparse.Namespace, *flags: str) -> dict[str, Any]:
-    """What a process of its own finds with these flags after those of this one; it may run out of memory."""
+def child(args: argparse.Namespace, *flags: str) -> subprocess.Popen[str]:
+    """A process of its own with these flags after those of this one."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     command = [sys.executable, "-m", "benchmarks.training_step", *sys.argv[1:], *flags]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode and "row" in flags:
-        return {"failed": f"exit code {done.returncode}; its output is above"}
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return json.loads(done.stdout.splitlines()[-1])
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def in_process(args: argparse.Namespace) -> dict[str, Any]:
-    """What `alone` asks for."""
+def alone(args: argparse.Namespace, *flags: str) -> dict[str, Any]:
+    """What a child that must not fail finds."""
+    with child(args, *flags) as process:
+        said, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return json.loads(said.splitlines()[-1])
+
+
+def several(args: argparse.Namespace, packs: Sequence[Pack], *flags: str) -> Iterator[tuple[Pack, dict[str, Any]]]:
+    """Rows of packs by children, each of which measures as many as it can, on a CPU, where peaks last, one."""
+    left = list(packs)
+    whole = args.device == "cuda" and args.passes == 1 and args.ranks == 1 and not any(pack.varies for pack in packs)
+    while left:
+        chosen = left if whole else left[:1]
+        with child(args, "--part", "row", *flags, "--packs", *map(str, chosen)) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                yield left.pop(0), json.loads(line)
+        if process.returncode:
+            yield left.pop(0), {"failed": f"exit code {process.returncode}; its output is above"}
+
+
+def in_process(args: argparse.Namespace) -> None:
+    """What `child` asks for."""
     if args.part == "peak":
-        return {"flops": matmul_peak(args)}
-    if args.part == "model":
+        print(json.dumps({"flops": matmul_peak(args)}))
+    elif args.part == "model":
         write_model(args.shapes[0], args.model)
-        return {}
-    try:
-        return measure(args)
-    except (torch.OutOfMemoryError, SluiceError) as error:
-        if "out of memory" not in str(error).lower():
-            raise
-        return {"does_not_fit": str(error).splitlines()[0].partition(". GPU ")[0]}
+        print("{}")
+    else:
+        measure(args)
 
 
 def rows(args: argparse.Namespace) -> dict[str, Any]:
@@ -309,24 +340,21 @@ def rows(args: argparse.Namespace) -> dict[str, Any]:
         for shape in args.shapes:
             model = Path(name) / shape
             alone(args, "--part", "model", "--shapes", shape, "--model", str(model))
-            for pack in args.packs:
-                for recompute in args.recompute:
-                    for backend in args.backends:
-                        row = {"shape": shape, "pack": str(pack), "backend": backend, "recompute": recompute}
-                        say(f"{shape} {row['pack']} {backend} recompute={recompute}")
-                        try:
-                            settings(args, backend, recompute, budget_of(pack))
-                        except ValueError as error:
-                            row["not_run"] = str(error).splitlines()[-1].strip()
-                        else:
-                            row |= alone(
-                                args, "--part", "row", "--shapes", shape, "--packs", str(pack), "--backends", backend,
-                                "--recompute", recompute, "--model", str(model), "--peak",
-                                str(result["matmul_peak"]),
-                            )  # fmt: skip
-                        result["rows"].append(row)
-                        if args.out:
-                            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            for recompute, backend in itertools.product(args.recompute, args.backends):
+                say(f"{shape} {backend} recompute={recompute}")
+                row = {"shape": shape, "backend": backend, "recompute": recompute}
+                try:
+                    settings(args, backend, recompute, 1)
+                except ValueError as error:
+                    result["rows"].append({**row, "not_run": str(error).splitlines()[-1].strip()})
+                    continue
+                flags = ("--shapes", shape, "--backends", backend, "--recompute", recompute)
+                flags += ("--model", str(model), "--peak", str(result["matmul_peak"]))
+                for pack, found in several(args, args.packs, *flags):
+                    say(f"  {pack}")
+                    result["rows"].append({**row, "pack": str(pack), **found})
+                    if args.out:
+                        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
@@ -359,7 +387,7 @@ def main() -> None:
         of.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     args = of.parse_args()
     if args.part:
-        print(json.dumps(in_process(args)))
+        in_process(args)
         return
     report(rows(args), args.out)
 

