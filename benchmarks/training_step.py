@@ -2,7 +2,8 @@
 
     python -m benchmarks.training_step [--device cuda] [--shapes qwen3-4b …] [--packs 1x16384 4x4096 …]
         [--backends torch megatron] [--recompute none layers layers:20 mlp …] [--attention auto] [--compile auto]
-        [--gradients float32] [--ranks 1] [--tp 1] [--pp 1] [--cp 1] [--passes 1] [--steps 3] [--profile] [--out FILE]
+        [--gradients float32] [--offload 0] [--ranks 1] [--tp 1] [--pp 1] [--cp 1] [--passes 1] [--steps 3]
+        [--profile] [--out FILE]
     python -m benchmarks.training_step --device cpu --shapes tiny 30m --packs 1x1024 8x128 --dtype float32
 
 A step is what a run does with a batch: score it with the current weights (stream `proximal`), forward and backward of a
@@ -126,6 +127,7 @@ def settings(args: argparse.Namespace, backend: str, recompute: str, budget: int
     megatron: dict[str, Any] = {
         name: getattr(args, name) for name in ("tp", "pp", "vpp", "cp", "attention", "gradients")
     }
+    megatron["offload_optimizer"] = args.offload
     if kind != "none":
         megatron |= {"recompute": kind, "recompute_layers": int(layers) if layers else None}
     return TrainConfig.model_validate({**common, "megatron": megatron})
@@ -326,7 +328,7 @@ def rows(args: argparse.Namespace) -> dict[str, Any]:
     available = torch.cuda.device_count() if args.device == "cuda" else args.ranks
     sizes = (
         "device", "dtype", "ranks", "tp", "pp", "vpp", "cp", "passes", "steps", "attention", "compile", "gradients",
-        "logprob_chunk", "threads",
+        "offload", "logprob_chunk", "threads",
     )  # fmt: skip
     result: dict[str, Any] = {
         "command": command_line("training_step"), **{name: getattr(args, name) for name in sizes}, "work": FORMULA,
@@ -374,6 +376,7 @@ def main() -> None:
     of.add_argument("--attention", choices=("auto", "cudnn", "flash", "varlen"), default="auto")
     of.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
     of.add_argument("--gradients", choices=("float32", "bfloat16"), default="float32")
+    of.add_argument("--offload", type=float, default=0.0, help="share of moments that Megatron keeps in host memory")
     of.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     for name in ("ranks", "tp", "pp", "vpp", "cp"):
         of.add_argument(f"--{name}", type=int, default=1)

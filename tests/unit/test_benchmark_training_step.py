@@ -13,7 +13,7 @@ from benchmarks.training_step import Pack, samples, settings, work
 
 def options(**changes: object) -> Namespace:
     common: dict[str, object] = {"ranks": 1, "tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dtype": "float32"}
-    more = {"attention": "auto", "compile": "auto", "gradients": "float32", "logprob_chunk": 256}
+    more = {"attention": "auto", "compile": "auto", "gradients": "float32", "offload": 0.0, "logprob_chunk": 256}
     return Namespace(**{**common, **more, **changes})
 
 

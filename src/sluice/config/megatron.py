@@ -35,13 +35,14 @@ class MegatronConfig(Part):
     """Layers at each rank that are computed again, from its first; None is all of them. The others keep what they
     computed, which takes more memory and less time."""
     offload_optimizer: float = Field(default=0.0, ge=0, le=1)
-    """Share of float32 parameters and moments that stay in host memory, where the CPU updates them. Refused where ranks
-    have no accelerator."""
+    """Share of moments that stay in host memory, where the CPU updates them: 8 bytes a parameter less on the
+    accelerator, and 16 there. Refused where ranks have no accelerator."""
     attention: Literal["auto", "cudnn", "flash", "varlen"] = "auto"
     """Kernel on an accelerator. `cudnn` and `flash` take samples of similar length together, `varlen` a pack at once.
     `auto` is `cudnn` for samples of 4,096 tokens and more. With `cp` over 1 it is always `varlen`."""
     gradients: Literal["float32", "bfloat16"] = "float32"
-    """In which gradients are added up."""
+    """In which gradients are added up. An update makes float32 copies of those that a rank updates: `bfloat16` takes
+    less memory where three replicas or more share the updates, and more where there is one."""
 
     transformer_engine: bool = False
     """Take Transformer Engine's linear layers, where it is installed; attention and norms stay Sluice's own. No machine

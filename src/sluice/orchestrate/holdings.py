@@ -103,25 +103,28 @@ def megatron_holdings(
     everywhere = sum(stages) * chosen.tp * copies
     held = everywhere if device == "cpu" else max(stages)
     width, exact = WIDTH[config.dtype], config.dtype == "float32"
-    state = 8 if exact else 12  # moments, and float32 parameters where they are not the weights themselves
+    masters = 0 if exact else 4  # float32 parameters, where they are not the weights themselves
     if chosen.distributed_optimizer:
         updated, updated_everywhere = held // copies, everywhere // copies
     else:
         updated, updated_everywhere = held, everywhere
     share = 0.0 if device == "cpu" else chosen.offload_optimizer
-    optimizer = int(updated * state * (1 - share))
+    optimizer = updated * masters + int(updated * 8 * (1 - share))
+    wide = 0 if WIDTH[chosen.gradients] == 4 else updated * 4  # the update's own, of what this rank updates
+    gradients = held * WIDTH[chosen.gradients] + wide
     entries = [
         Entry("trained model", held * width, when, held * width),
         Entry("moments" if exact else "float32 parameters and moments", optimizer, when, optimizer),
-        Entry("gradients", held * WIDTH[chosen.gradients], when),
+        Entry("gradients", gradients, when),
     ]
     if critic:
         own = held * width + optimizer
-        entries.append(Entry("critic, its gradients and moments", own + held * WIDTH[chosen.gradients], when, own))
+        entries.append(Entry("critic, its gradients and moments", own + gradients, when, own))
     policies = (frozen + 1) * everywhere * width if frozen else 0
     if policies and device == "cpu":
         entries.append(Entry("frozen policies", policies, when))
-    host = 0 if device == "cpu" else policies + int(updated_everywhere * state * share)
+    there = 16  # what the CPU updates: moments, copies of float32 parameters and gradients
+    host = 0 if device == "cpu" else policies + int(updated_everywhere * there * share)
     knobs = (
         "more train.ranks with train.megatron.tp or pp, train.megatron.distributed_optimizer = true, train.dtype = "
         "'bfloat16', train.megatron.gradients = 'bfloat16', train.megatron.offload_optimizer, for activations "

@@ -38,11 +38,17 @@ def over_tokens(function: Callable[P, R], backend: Any = "inductor") -> Callable
     limits.recompile_limit = max(limits.recompile_limit, _KERNELS)
     compiled = cast(Callable[P, R], torch.compile(function, backend=backend))
 
+    marked: set[Any] = set()
+
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        for each in args:
-            if isinstance(each, Tensor) and each.ndim > 1:
+        kind = (torch.is_grad_enabled(), *map(_kind, args))
+        if kind not in marked:  # marking takes as long as the call
+            tensors = [each for each in args if isinstance(each, Tensor) and each.ndim > 1]
+            for each in tensors:
                 dynamo.maybe_mark_dynamic(each, 0)
+            if all(len(each) > 1 for each in tensors):  # of one token there is a kernel of its own
+                marked.add(kind)
         try:
             return compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
@@ -52,3 +58,8 @@ def over_tokens(function: Callable[P, R], backend: Any = "inductor") -> Callable
             ) from error
 
     return call
+
+
+def _kind(value: Any) -> Any:
+    """What a kernel is compiled for, of an argument: all but its tokens."""
+    return (value.dtype, value.shape[1:], value.requires_grad, value.ndim) if isinstance(value, Tensor) else value

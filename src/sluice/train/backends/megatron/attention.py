@@ -63,7 +63,7 @@ class PackedAttention(MegatronModule):
         """
         pack = packed_seq_params
         assert pack is not None
-        query, key = (self._rotate(states, pack.cos, pack.sin, self._interleaved) for states in (query, key))
+        query, key = self._rotate(query, key, pack.cos, pack.sin, self._interleaved)
         if self._group.size() > 1:
             return self._across(query, key, value, pack)
         if self._kernel == "varlen" and query.is_cuda:

@@ -36,12 +36,17 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
+def rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and of keys."""
+    return rotate(query, cos, sin, interleaved), rotate(key, cos, sin, interleaved)
+
+
 @cache
 def kernels(compiled: bool) -> tuple[Any, Any]:
-    """`root_mean_square` and `rotate`, compiled or as they are."""
+    """`root_mean_square` and `rotate_both`, compiled or as they are."""
     if not compiled:
-        return root_mean_square, rotate
-    return over_tokens(root_mean_square), over_tokens(rotate)
+        return root_mean_square, rotate_both
+    return over_tokens(root_mean_square), over_tokens(rotate_both)
 
 
 class Norm(torch.nn.Module):

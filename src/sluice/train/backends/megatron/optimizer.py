@@ -13,6 +13,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from sluice.config.train import OptimizerConfig, TrainConfig
+from sluice.train.backends.megatron.division import holders_group
 from sluice.train.backends.megatron.model import PackedGPT, Settings
 from sluice.train.backends.megatron.state import set_main
 from sluice.train.schedule import learning_rate
@@ -21,20 +22,26 @@ from sluice.train.schedule import learning_rate
 def wrap(stages: Sequence[PackedGPT], options: Settings, config: TrainConfig) -> list[DistributedDataParallel]:
     """The stages with their parameters and gradients in buffers that replicas sum and share."""
     chosen = config.megatron
+    overlap = _overlaps(config)
     return [
         DistributedDataParallel(
             options,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=chosen.gradients == "float32",
                 use_distributed_optimizer=chosen.distributed_optimizer,
-                overlap_grad_reduce=chosen.overlap,
-                overlap_param_gather=chosen.overlap and chosen.distributed_optimizer,
+                overlap_grad_reduce=overlap,
+                overlap_param_gather=overlap and chosen.distributed_optimizer,
             ),
             stage,
             disable_bucketing=number > 0,  # later virtual stages reduce while earlier ones still compute
         )
         for number, stage in enumerate(stages)
     ]
+
+
+def _overlaps(config: TrainConfig) -> bool:
+    """Whether anything is sent that layers could hide: what waits for it is called at every module."""
+    return config.megatron.overlap and holders_group().size() > 1
 
 
 class CoreOptimizer:
@@ -73,7 +80,7 @@ class CoreOptimizer:
             bf16=train.dtype == "bfloat16",
             params_dtype=getattr(torch, train.dtype),
             use_distributed_optimizer=chosen.distributed_optimizer,
-            overlap_param_gather=chosen.overlap and chosen.distributed_optimizer,
+            overlap_param_gather=_overlaps(train) and chosen.distributed_optimizer,
             optimizer_cpu_offload=chosen.offload_optimizer > 0,
             optimizer_offload_fraction=chosen.offload_optimizer,
             use_torch_optimizer_for_cpu_offload=True,

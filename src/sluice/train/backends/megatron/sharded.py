@@ -144,7 +144,8 @@ class ShardedModel:
             return finish(number, pack, scores), torch.zeros((), dtype=torch.int, device=self._device), None
 
         for chunk in self._chunks:
-            chunk.train(not forward_only)
+            if chunk.training == forward_only:  # it goes through all modules
+                chunk.train(not forward_only)
         several = len(self._chunks) > 1
         iterators: list[Any] = [iter(enumerate(packs)) for _ in self._chunks]
         get_forward_backward_func()(
