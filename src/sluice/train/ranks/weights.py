@@ -1,16 +1,53 @@
-"""A model's weights, as ranks wrote them for the controller: each a part, in a file of its own."""
+"""A model's weights, as ranks write them for the controller: each a part, in a file of its own."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from sluice.errors import TrainError
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+Sizes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of every tensor."""
+
+
+def sizes_of(tensors: Mapping[str, Tensor]) -> Sizes:
+    """Of tensors that are there."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write_weights(file: Path, sizes: Sizes, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """A safetensors file (https://github.com/huggingface/safetensors#format), written a tensor at a time: host memory
+    holds one of them, where the library wants all.
+
+    Args:
+        sizes: of all tensors.
+        tensors: these, on any device, in any order.
+    """
+    header: dict[str, dict[str, object]] = {}
+    begins: dict[str, int] = {}
+    end = 0
+    for name, (dtype, shape) in sorted(sizes.items(), key=lambda item: -item[1][0].itemsize):  # so that all are aligned
+        begins[name], end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begins[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            assert (tensor.dtype, tuple(tensor.shape)) == sizes[name], name
+            out.seek(8 + len(text) + begins.pop(name))
+            out.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    assert not begins, f"{file}: {sorted(begins)} did not come"
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sluice.train.backends.torch import TorchTrainer
 from sluice.train.base import Loss, Writer
 from sluice.train.ranks.spec import RankSpec
+from sluice.train.ranks.weights import sizes_of, write_weights
 from sluice.train.ranks.work import StepPart, meet, write_taken
 from sluice.train.sharding import Shards, gathered
 from sluice.train.totals import MicroResult
@@ -77,7 +77,7 @@ class RankWorker:
         weights = dict(self._trainer.named_weights())
         if self._shards.rank == 0:
             file = folder / "model.safetensors"
-            save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, file)
+            write_weights(file, sizes_of(weights), weights.items())
 
     def snapshot(self, copy: bool) -> bool:
         """See `Worker.snapshot`."""

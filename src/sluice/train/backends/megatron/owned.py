@@ -28,9 +28,14 @@ class Own(NamedTuple):
     tied: bool
 
     def whole(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of a checkpoint from the parts of all tensor-parallel ranks, in host memory of their own."""
+        """Tensors of a checkpoint from the parts of all tensor-parallel ranks, on the device of these."""
         for name, tensor in named([(self.described, self.described.split.whole(parts))]):
-            yield name, tensor.detach().to("cpu", copy=True).contiguous()
+            yield name, tensor.detach()
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """In host memory of its own."""
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 def first_replica() -> bool:

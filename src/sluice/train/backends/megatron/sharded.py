@@ -25,7 +25,7 @@ from sluice.train.backends.megatron.folder import Reader
 from sluice.train.backends.megatron.model import build_stages
 from sluice.train.backends.megatron.offload import HostStorages
 from sluice.train.backends.megatron.optimizer import CoreOptimizer, wrap
-from sluice.train.backends.megatron.owned import Own, first_replica, gathered_parts, writes
+from sluice.train.backends.megatron.owned import Own, first_replica, gathered_parts, on_host, writes
 from sluice.train.backends.megatron.packs import Grid, Packed, make_packed
 from sluice.train.backends.megatron.rotary import Angles
 from sluice.train.backends.megatron.saving import SavedState
@@ -33,6 +33,7 @@ from sluice.train.backends.megatron.settings import settings
 from sluice.train.backends.megatron.state import restore_state, whole_state
 from sluice.train.base import Loss
 from sluice.train.logprob import TokenScores
+from sluice.train.ranks.weights import Sizes
 from sluice.train.totals import MicroResult, run_loss
 from sluice.types import MicroBatch, TrainSample
 
@@ -211,25 +212,39 @@ class ShardedModel:
         """Whether this rank is the one of its stages that has whole tensors."""
         return writes()
 
-    def whole_weights(self) -> dict[str, Tensor]:
-        """This rank's stages by checkpoint name, in host memory of their own; empty at ranks that do not write."""
+    def weights_in_turn(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's stages by checkpoint name, on the device, each put together as it is asked for, which is a call
+        of all ranks; nothing at ranks that do not write."""
         self.optimizer.settle()
-        return self._whole((own, self._host.there(own.part.detach())) for own in self.held)
+        yield from self._whole((own, self._host.there(own.part.detach())) for own in self.held)
+
+    def whole_sizes(self) -> Sizes:
+        """Of what `weights_in_turn` yields."""
+        return {
+            name: (own.part.dtype, shape)
+            for own in self.held
+            if not own.tied
+            for name, shape in zip(own.described.tensors, own.described.shapes, strict=True)
+        }
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The same in host memory of their own; empty at ranks that do not write."""
+        return {name: on_host(tensor) for name, tensor in self.weights_in_turn()}
 
     def whole_gradients(self) -> dict[str, Tensor]:
         """The same of gradients, after `backward(everywhere=True)`."""
-        return self._whole((own, own.part.main_grad) for own in self.held)  # pyright: ignore
+        found = self._whole((own, own.part.main_grad) for own in self.held)  # pyright: ignore
+        return {name: on_host(tensor) for name, tensor in found}
 
-    def _whole(self, parts: Iterable[tuple[Own, Tensor]]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        if first_replica():
-            for own, part in parts:
-                if own.tied:
-                    continue
-                every = gathered_parts(part)
-                if writes():
-                    found |= own.whole(every)
-        return found
+    def _whole(self, parts: Iterable[tuple[Own, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        if not first_replica():
+            return
+        for own, part in parts:
+            if own.tied:
+                continue
+            every = gathered_parts(part)
+            if writes():
+                yield from own.whole(every)
 
     # ── memory ──────────────────────────────────────────────────────────────────────────────────────────
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sluice.train.backends.megatron.division import holders_group
 from sluice.train.backends.megatron.families import Parameter
-from sluice.train.backends.megatron.owned import Own, first_replica, gathered_parts, writes
+from sluice.train.backends.megatron.owned import Own, first_replica, gathered_parts, on_host, writes
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 Read = Callable[[str, Parameter], Tensor]
@@ -118,7 +118,7 @@ def whole_state(
             if first_replica():
                 every = gathered_parts(part)
                 if writes():
-                    found |= {f"{kind}/{name}": tensor for name, tensor in own.whole(every)}
+                    found |= {f"{kind}/{name}": on_host(tensor) for name, tensor in own.whole(every)}
         if steps_done and writes():
             found |= {f"step/{name}": torch.tensor(float(steps_done)) for name in own.described.tensors}
     return found

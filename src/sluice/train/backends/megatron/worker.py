@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sluice import device as devices
@@ -18,6 +17,7 @@ from sluice.train.backends.megatron import shim
 from sluice.train.backends.megatron.admission import admitted
 from sluice.train.base import Loss, ValueLoss, Writer
 from sluice.train.ranks.spec import RankSpec
+from sluice.train.ranks.weights import write_weights
 from sluice.train.ranks.work import StepPart, meet, write_taken
 from sluice.types import MicroBatch, TrainSample
 
@@ -90,8 +90,13 @@ class MegatronWorker:
 
     def write_weights(self, folder: Path) -> None:
         """See `Worker.write_weights`."""
-        if weights := self._trainer.model.whole_weights():
-            save_file(weights, folder / f"rank-{self._spec.rank:05d}.safetensors")
+        model = self._trainer.model
+        weights = model.weights_in_turn()
+        if model.writes:
+            write_weights(folder / f"rank-{self._spec.rank:05d}.safetensors", model.whole_sizes(), weights)
+        else:
+            for _ in weights:  # each is a call of all ranks
+                pass
 
     def snapshot(self, copy: bool) -> bool:
         """See `Worker.snapshot`."""
