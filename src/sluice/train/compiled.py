@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from sluice.errors import TrainError
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 _KERNELS = 64
 """Of one function at most: more than kinds of states, precisions and policies of a process."""
 
 
-def over_tokens(function: Callable[P, R], backend: Any = "inductor") -> Callable[P, R]:
+def over_tokens(function: Callable[..., R], backend: Any = "inductor") -> Callable[..., R]:
     """`function` compiled once for all numbers of tokens, the first axis of its tensors but for those of one axis.
+
+    What it is compiled for anew shows in its first argument, a tensor.
 
     Left to itself the compiler makes a kernel of the first number and another of all numbers, for each kind of states
     and with and without gradients: for a model with norms of queries and keys these are eight, after which it compiles
@@ -36,21 +37,21 @@ def over_tokens(function: Callable[P, R], backend: Any = "inductor") -> Callable
 
     limits: Any = dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _KERNELS)
-    compiled = cast(Callable[P, R], torch.compile(function, backend=backend))
+    compiled = cast(Callable[..., R], torch.compile(function, backend=backend))
 
     marked: set[Any] = set()
 
     @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        kind = (torch.is_grad_enabled(), *map(_kind, args))
-        if kind not in marked:  # marking takes as long as the call
-            tensors = [each for each in args if isinstance(each, Tensor) and each.ndim > 1]
-            for each in tensors:
-                dynamo.maybe_mark_dynamic(each, 0)
-            if all(len(each) > 1 for each in tensors):  # of one token there is a kernel of its own
+    def call(states: Tensor, *further: Any) -> R:
+        kind = (states.shape[1:], states.dtype, states.requires_grad, torch.is_grad_enabled())
+        if kind not in marked:  # marking takes longer than the call
+            for each in (states, *further):
+                if isinstance(each, Tensor) and each.ndim > 1:
+                    dynamo.maybe_mark_dynamic(each, 0)
+            if len(states) > 1:  # for one token there is a kernel of its own
                 marked.add(kind)
         try:
-            return compiled(*args, **kwargs)
+            return compiled(states, *further)
         except BackendCompilerFailed as error:
             raise TrainError(
                 f"torch.compile does not work here: {error.inner_exception}",
@@ -58,8 +59,3 @@ def over_tokens(function: Callable[P, R], backend: Any = "inductor") -> Callable
             ) from error
 
     return call
-
-
-def _kind(value: Any) -> Any:
-    """What a kernel is compiled for, of an argument: all but its tokens."""
-    return (value.dtype, value.shape[1:], value.requires_grad, value.ndim) if isinstance(value, Tensor) else value
