@@ -2,8 +2,8 @@
 
 Formulas, with z = (W h + b) / T: log p(y) = z_y - logsumexp(z); H = logsumexp(z) - Σ softmax(z) z;
 ∂ log p(y) / ∂(W h + b) = (onehot(y) - softmax(z)) / T. The backward pass computes the logits of a chunk
-again, so that peak memory is two float32 buffers of chunk × vocabulary, and the logits where they are narrower, whatever
-the number of tokens. Compiled it is two buffers of the logits' own dtype, and each is passed over once.
+again, so that peak memory is two float32 buffers of chunk × vocabulary and the logits where they are narrower,
+whatever the number of tokens. Compiled it is two buffers of the logits' own dtype, and each is passed over once.
 
 The vocabulary may be divided over ranks. Each then holds the logits of its part, and per token three sums and a
 maximum are added up over them.
