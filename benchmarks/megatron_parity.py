@@ -67,10 +67,8 @@ class Case:
         )  # fmt: skip
 
 
-def recomputing(kind: str, **more: Any) -> Case:
-    return Case(
-        f"recompute {kind}", train={**BFLOAT16, "activation_checkpointing": True}, megatron={"recompute": kind, **more}
-    )
+def recomputing(name: str, **megatron: Any) -> Case:
+    return Case(f"recompute {name}", train={**BFLOAT16, "activation_checkpointing": True}, megatron=megatron)
 
 
 CASES = (
@@ -80,10 +78,12 @@ CASES = (
     Case("float32, not compiled", train={"compile": False}),
     Case("bfloat16", train=BFLOAT16),
     Case("not compiled", train={**BFLOAT16, "compile": False}),
-    *(Case(f"attention {kernel}", train=BFLOAT16, megatron={"attention": kernel}) for kernel in ("cudnn", "flash")),
-    Case("attention varlen", train=BFLOAT16, megatron={"attention": "varlen"}),
-    *(recomputing(kind) for kind in ("layers", "mlp", "attention")),
-    recomputing("layers", recompute_layers=1),
+    *(
+        Case(f"attention {kernel}", train=BFLOAT16, megatron={"attention": kernel})
+        for kernel in ("cudnn", "flash", "varlen")
+    ),
+    *(recomputing(kind, recompute=kind) for kind in ("layers", "mlp", "attention")),
+    recomputing("one layer", recompute_layers=1),
     Case("gradients bfloat16", train=BFLOAT16, megatron={"gradients": "bfloat16"}),
     Case("whole optimizer", train=BFLOAT16, megatron={"distributed_optimizer": False, "overlap": False}),
     Case("optimizer on the host", train=BFLOAT16, megatron={"offload_optimizer": 1.0}),
@@ -120,7 +120,7 @@ def run(trainer: Any, config: TrainConfig, drawn: Sequence[TrainSample], model: 
     batch = make_batch(scored, budget=config.micro_batch_tokens, normaliser=Normaliser.TOKEN)
     gradients = {name: tensor.cpu().float() for name, tensor in trainer.gradients(batch, policy_loss).items()}
     trainer.offload()
-    facts["left"] = [each["allocated"] for each in memory(trainer)] if isinstance(trainer, RankedTrainer) else None
+    facts["left"] = trainer.replicas.all("memory") if isinstance(trainer, RankedTrainer) else None
     trainer.onload()
     facts["returned"] = all(torch.equal(tensor, back[name]) for name, tensor in trainer.named_weights())
     figures: list[tuple[float, float]] = []
@@ -129,11 +129,6 @@ def run(trainer: Any, config: TrainConfig, drawn: Sequence[TrainSample], model: 
         figures.append((stats.loss, stats.grad_norm))
     logprobs = np.concatenate([sample["proximal"][1:] for sample in scored])
     return Measured(logprobs, gradients, figures, facts)
-
-
-def memory(trainer: RankedTrainer) -> list[dict[str, int]]:
-    """Of every rank."""
-    return trainer.replicas.all("memory")
 
 
 def measured(case: Case, args: argparse.Namespace, places: Sequence[str], model: Path, work: Path) -> Measured:

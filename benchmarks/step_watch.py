@@ -152,9 +152,9 @@ class _Watched:
     def reset_peak(self) -> None:
         self.watch.reset_peak()
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of the accelerator that this rank's tensors have, and that torch keeps; zeros on a CPU."""
-        return {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+    def memory(self) -> int:
+        """Bytes of the accelerator that this rank's tensors have; 0 on a CPU."""
+        return torch.cuda.memory_allocated()
 
     def profile(self) -> None:
         self.watch.profile()

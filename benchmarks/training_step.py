@@ -166,7 +166,6 @@ def measure(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     config = settings(args, backend, recompute, max(budget_of(pack) for pack in args.packs))
     places = device.several(device.resolve(args.device), config.ranks)
-    left = list(args.packs)
     with tempfile.TemporaryDirectory() as name:
         opened = opened_torch if backend == "torch" and config.ranks == 1 else opened_ranks
         try:
@@ -174,11 +173,10 @@ def measure(args: argparse.Namespace) -> None:
             trainer, context, call = opened(config, args, places, Path(name))
             sizes = {"parameters": parameters(shape)[0], "load_seconds": round(time.perf_counter() - begin, 1)}
             with context:
-                while left:
+                for pack in args.packs:
                     call("reset_peak")
-                    found = measure_pack(left[0], trainer, call, config, args)
+                    found = measure_pack(pack, trainer, call, config, args)
                     print(json.dumps({**found, **sizes}), flush=True)
-                    del left[0]
         except (torch.OutOfMemoryError, SluiceError) as error:
             if "out of memory" not in str(error).lower():
                 raise

@@ -15,7 +15,6 @@ from torch import Tensor
 from sluice.config.train import OptimizerConfig, TrainConfig
 from sluice.train.backends.megatron.division import holders_group
 from sluice.train.backends.megatron.model import PackedGPT, Settings
-from sluice.train.backends.megatron.state import set_main
 from sluice.train.schedule import learning_rate
 
 
@@ -133,13 +132,9 @@ class CoreOptimizer:
             chunk.start_param_sync(force_sync=True)
         self._settled = True
 
-    def set_main(self, parameter: torch.nn.Parameter, value: Tensor) -> None:
-        """See `state.set_main`. `reload_copies` is to be called after the last one."""
-        set_main(self.parts, parameter, value)
-
     @torch.no_grad()
     def reload_copies(self) -> None:
-        """`offload_optimizer` updates copies, which were made with the model."""
+        """After main values were set: `offload_optimizer` updates copies, which were made with the model."""
         for part in self.parts:
             for main, inner in getattr(part.optimizer, "param_to_inner_param", {}).items():
                 if inner is not main:

@@ -30,7 +30,7 @@ from sluice.train.backends.megatron.packs import Grid, Packed, make_packed
 from sluice.train.backends.megatron.rotary import Angles
 from sluice.train.backends.megatron.saving import SavedState
 from sluice.train.backends.megatron.settings import settings
-from sluice.train.backends.megatron.state import restore_state, whole_state
+from sluice.train.backends.megatron.state import restore_state, set_main, whole_state
 from sluice.train.base import Loss
 from sluice.train.logprob import TokenScores
 from sluice.train.ranks.weights import Sizes
@@ -111,7 +111,7 @@ class ShardedModel:
         for each in self.held:
             value = read(each).to(self._device)
             each.part.copy_(value)
-            self.optimizer.set_main(each.part, value)
+            set_main(self.optimizer.parts, each.part, value)
         self.optimizer.reload_copies()
 
     def load_folder(self, folder: Path) -> None:
